@@ -1,0 +1,174 @@
+"""Properties of rotations and masks over random documents, windows and block sizes, beyond what the lessons show."""
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daisy.masks import (MaskSpec, block_mask, dense_mask, document_ids, flex_block_mask, layer_windows,
+                         varlen_bounds)
+from daisy.rope import apply_rope, rope_tables
+
+SPECS = st.builds(MaskSpec, window=st.none() | st.integers(1, 60), long_every=st.integers(0, 4), block_size=st.integers(1, 20))
+
+
+@st.composite
+def documents(draw, max_tokens=50):
+    "Document numbers (B, T) of rows that may start in the middle of a document; one-token documents are common."
+    T = draw(st.integers(1, max_tokens))
+    rows = draw(st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=1, max_size=3))
+    return document_ids(torch.tensor(rows).int(), eos_id=1)
+
+
+def brute_force(spec, doc_ids):
+    "The definition, pair by pair."
+    B, T = doc_ids.shape
+    ids = doc_ids.tolist()
+
+    def sees(b, q, k):
+        near = spec.window is None or q - k < spec.window
+        linked = spec.long_every > 0 and (k // spec.block_size + 1) % spec.long_every == 0
+        return k <= q and ids[b][q] == ids[b][k] and (near or linked)
+
+    return torch.tensor([[[[sees(b, q, k) for k in range(T)] for q in range(T)]] for b in range(B)])
+
+
+def tiles(mask, size):
+    "Every block (i, j) of a dense mask, flattened: (B, pairs)."
+    for i in range(0, mask.shape[-1], size):
+        for j in range(0, mask.shape[-1], size):
+            yield i // size, j // size, mask[:, 0, i:i + size, j:j + size].flatten(1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SPECS, documents())
+def test_dense_mask_is_the_definition(spec, doc_ids):
+    assert torch.equal(dense_mask(spec, doc_ids), brute_force(spec, doc_ids))
+
+
+@settings(deadline=None, max_examples=150)
+@given(SPECS, documents())
+def test_block_maps_equal_the_dense_mask(spec, doc_ids):
+    full, partial = block_mask(spec, doc_ids)
+    for i, j, pairs in tiles(dense_mask(spec, doc_ids), spec.block_size):
+        assert torch.equal(full[:, i, j], pairs.all(1))
+        assert torch.equal(partial[:, i, j], pairs.any(1) & ~pairs.all(1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(SPECS, documents())
+def test_flex_block_mask_covers_exactly_the_blocks_and_pairs(spec, doc_ids):
+    from torch.nn.attention.flex_attention import create_mask
+
+    B, T = doc_ids.shape
+    ours = flex_block_mask(spec, doc_ids)
+    full, partial = block_mask(spec, doc_ids)
+    assert torch.equal(ours.to_dense()[:, 0].bool(), full | partial)
+    assert ours.full_kv_num_blocks.sum() <= full.sum()  # a short last block is never called full
+    assert torch.equal(create_mask(ours.mask_mod, B, None, T, T, device="cpu"), dense_mask(spec, doc_ids))
+
+
+@settings(deadline=None, max_examples=100)
+@given(SPECS, documents())
+def test_long_range_blocks_respect_documents_and_causality(spec, doc_ids):
+    mask = dense_mask(spec, doc_ids)
+    plain = dense_mask(MaskSpec(), doc_ids)
+    near = dense_mask(MaskSpec(window=spec.window), doc_ids)
+    assert not (mask & ~plain).any()  # links add nothing that document and causality forbid
+    assert not (near & ~mask).any()  # and take nothing from the window
+    assert not mask.triu(1).any() and mask.diagonal(dim1=2, dim2=3).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(documents())
+def test_varlen_bounds_cut_where_the_document_changes(doc_ids):
+    cu_seqlens, longest = varlen_bounds(doc_ids)
+    lengths = []
+    for row in doc_ids.tolist():
+        lengths.append(1)
+        for before, now in zip(row, row[1:]):
+            if before == now:
+                lengths[-1] += 1
+            else:
+                lengths.append(1)
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.diff().tolist() == lengths and longest == max(lengths)
+    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == doc_ids.numel()
+
+
+@given(st.integers(1, 50), st.text("SL", min_size=1, max_size=6))
+def test_layer_windows_follow_the_pattern_and_end_long(num_layers, pattern):
+    windows = layer_windows(num_layers, 128, 1024, pattern)
+    assert len(windows) == num_layers and windows[-1] == 1024
+    assert all(w == (1024 if pattern[i % len(pattern)] == "L" else 128) for i, w in enumerate(windows[:-1]))
+
+
+def test_layer_windows_alternate_by_default():
+    assert layer_windows(9, 1, 2) == [1, 1, 1, 2, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("pattern", ["", "SX", "ssl"])
+def test_a_wrong_pattern_is_refused(pattern):
+    with pytest.raises(ValueError, match="S \\(short\\) and L \\(long\\)"):
+        layer_windows(4, 1, 2, pattern)
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"window": -3}, {"block_size": 0}, {"long_every": -1}])
+def test_a_wrong_spec_is_refused_with_its_value(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} {next(iter(wrong.values()))}"):
+        MaskSpec(**wrong)
+
+
+def test_a_growing_window_compiles_one_graph():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    attend = torch.compile(lambda q, mask: flex_attention(q, q, q, block_mask=mask), backend=count, fullgraph=True)
+    q = torch.randn(1, 2, 64, 16)
+    doc_ids = document_ids((torch.arange(64) % 23 == 5).int()[None], eos_id=1)
+    for window in (4, 8, 20, None):
+        spec = MaskSpec(window, block_size=16)
+        expected = F.scaled_dot_product_attention(q, q, q, attn_mask=dense_mask(spec, doc_ids))
+        torch.testing.assert_close(attend(q, flex_block_mask(spec, doc_ids)), expected)
+    assert len(graphs) == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 4000), st.integers(0, 4000), st.integers(0, 2000), st.sampled_from([100.0, 10_000.0, 1e6]),
+       st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_only_the_distance_matters(query_at, key_at, shift, base, rotary_fraction):
+    cos, sin = rope_tables(6001, 16, base=base, rotary_fraction=rotary_fraction)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def score(m, n):
+        return (apply_rope(q, cos[m:m + 1], sin[m:m + 1]) * apply_rope(k, cos[n:n + 1], sin[n:n + 1])).sum()
+
+    torch.testing.assert_close(score(query_at, key_at), score(query_at + shift, key_at + shift), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rotation_keeps_type_shape_and_length(dtype):
+    x = torch.randn(2, 7, 3, 8).to(dtype)
+    turned = apply_rope(x, *rope_tables(7, 8))
+    assert turned.dtype == dtype and turned.shape == x.shape
+    torch.testing.assert_close(turned.double().norm(dim=-1), x.double().norm(dim=-1), atol=0, rtol=2e-2 if dtype.itemsize == 2 else 1e-6)
+
+
+def test_rows_may_have_positions_of_their_own():
+    cos, sin = rope_tables(20, 8)
+    x = torch.randn(2, 5, 3, 8)
+    at = torch.tensor([[0, 1, 2, 3, 4], [9, 10, 0, 1, 2]])
+    turned = apply_rope(x, cos[at], sin[at])
+    torch.testing.assert_close(turned[1, :2], apply_rope(x[1:, :2], cos[9:11], sin[9:11])[0])
+    torch.testing.assert_close(turned[1, 2:], apply_rope(x[1:, 2:], cos[:3], sin[:3])[0])
+
+
+@pytest.mark.parametrize("wrong", [{"head_dim": 7}, {"head_dim": 0}, {"head_dim": 8, "rotary_fraction": 1.5}])
+def test_tables_refuse_what_they_cannot_make(wrong):
+    with pytest.raises(ValueError, match=str(list(wrong.values())[-1])):
+        rope_tables(4, **wrong)

@@ -1,0 +1,185 @@
+"""run.sh as its user meets it: what it refuses, and the exact command that it becomes.
+
+A stand-in for `python` on the PATH prints the arguments and the environment that it was started with, so that
+these tests need neither torch nor a second.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAND_IN = f"""#!{sys.executable}
+import json, os, sys, time
+if sys.argv[1] == "-c":
+    print(os.environ.get("PRETEND_MISSING", ""))
+elif os.environ.get("PRETEND_TO_TRAIN"):
+    print("training", os.getpid(), flush=True)
+    time.sleep(60)
+else:
+    keys = ("BEGIN_SHARD", "OMP_NUM_THREADS")
+    print(json.dumps(dict(argv=sys.argv[1:], env={{key: os.environ.get(key) for key in keys}})))
+    sys.exit(int(os.environ.get("PRETEND_EXIT", 0)))
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    "run(*arguments, **environment) starts run.sh in a folder that holds c.yml and a.pt."
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    (tmp_path / "c.yml").write_text("num_iterations: 1\n")
+    (tmp_path / "a.pt").write_bytes(b"")
+
+    def start(*arguments, popen=subprocess.run, **environment):
+        env = {key: value for key, value in os.environ.items() if key not in ("BEGIN_SHARD", "OMP_NUM_THREADS")}
+        env.update(environment, PATH=f"{stand_in.parent}{os.pathsep}{env['PATH']}")
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return popen([str(ROOT / "run.sh"), *arguments], cwd=tmp_path, env=env, **pipes)
+
+    return start
+
+
+def launched(done) -> dict:
+    "What the training process was started with."
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def overrides(done) -> list[str]:
+    argv = launched(done)["argv"]
+    assert argv[:3] == ["-u", str(ROOT / "train.py"), "c.yml"]
+    return argv[3:]
+
+
+def refused(done) -> str:
+    "The one line that says why nothing was started."
+    assert done.returncode == 2 and done.stdout == ""
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("run.sh: ")
+    return message
+
+
+# the config comes first
+
+def test_without_a_config_the_usage_goes_to_stderr(run):
+    done = run()
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("usage: ./run.sh CONFIG_FILE")
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["c.yml", "-h"], ["c.yml", "-n", "8", "a=1", "--help"], ["-n", "-h"]])
+def test_help_anywhere_launches_nothing(run, arguments):
+    done = run(*arguments)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ./run.sh CONFIG_FILE")
+
+
+@pytest.mark.parametrize("first", ["-n", "-p", "--ignore-prior-schedule", "num_iterations=3"])
+def test_anything_else_first_is_refused(run, first):
+    assert first in refused(run(first, "1", "c.yml"))
+
+
+def test_a_config_that_is_not_there_lists_those_that_are(run):
+    message = refused(run("config/tny.yml"))
+    assert "config/tny.yml" in message
+    assert all(f"config/{path.name}" in message for path in (ROOT / "config").glob("*.yml"))
+
+
+def test_a_config_with_a_space_in_its_name(run, tmp_path):
+    (tmp_path / "my run.yml").write_text("num_iterations: 1\n")
+    assert launched(run("my run.yml"))["argv"][2:] == ["my run.yml"]
+
+
+# options and overrides
+
+def test_the_plain_line(run):
+    assert overrides(run("c.yml")) == []
+
+
+def test_overrides_with_and_without_dashes(run):
+    done = run("c.yml", "num_iterations=6000", "--max_seq_len=32768", "train_files=a b/*.bin", "note=x=y", "empty=")
+    assert overrides(done) == ["--num_iterations=6000", "--max_seq_len=32768", "--train_files=a b/*.bin", "--note=x=y", "--empty="]
+
+
+@pytest.mark.parametrize("spelling", ["--ignore-prior-schedule", "--ignore_prior_schedule", "--ignore-prior-steps", "--ignore_prior_steps"])
+def test_four_spellings_are_one_flag(run, spelling):
+    assert overrides(run("c.yml", spelling)) == ["--ignore_prior_schedule=true"]
+    assert overrides(run("c.yml", f"{spelling}=false")) == ["--ignore_prior_schedule=false"]
+
+
+def test_any_order(run):
+    expected = {"--init_checkpoint=a.pt", "--ignore_prior_schedule=true", "--lr=1e-3"}
+    for order in (["-p", "a.pt", "--ignore-prior-schedule", "lr=1e-3", "-n", "1", "-s", "2"],
+                  ["lr=1e-3", "-s", "2", "-n", "1", "--ignore-prior-schedule", "-p", "a.pt"]):
+        done = run("c.yml", *order)
+        assert set(overrides(done)) == expected and launched(done)["env"]["BEGIN_SHARD"] == "2"
+
+
+def test_the_last_of_two_stays_last(run):
+    assert overrides(run("c.yml", "lr=1", "--lr=2")) == ["--lr=1", "--lr=2"]
+
+
+@pytest.mark.parametrize("shard", ["0", "-1", "two", "1.5", "", "1 2"])
+def test_begin_shard_counts_from_one(run, shard):
+    assert "counted from 1" in refused(run("c.yml", "-s", shard))
+
+
+def test_begin_shard_is_exported_only_when_asked_for(run):
+    assert launched(run("c.yml"))["env"]["BEGIN_SHARD"] is None
+    assert launched(run("c.yml", BEGIN_SHARD="5"))["env"]["BEGIN_SHARD"] == "5"
+    assert launched(run("c.yml", "-s", "103", BEGIN_SHARD="5"))["env"]["BEGIN_SHARD"] == "103"
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many", "1.5"])
+def test_a_process_count_that_is_none(run, count):
+    assert f"-n {count}" in refused(run("c.yml", "-n", count))
+
+
+def test_several_processes_are_refused_with_a_word(run):
+    assert "lesson 11" in refused(run("c.yml", "num_iterations=6000", "-n", "8"))
+    assert overrides(run("c.yml", "-n", "1")) == []
+
+
+@pytest.mark.parametrize("option", ["-n", "-p", "-s"])
+def test_an_option_without_its_value(run, option):
+    assert f"{option} needs a value" in refused(run("c.yml", option))
+
+
+def test_a_checkpoint_that_is_not_there(run):
+    assert "b.pt" in refused(run("c.yml", "-p", "b.pt"))
+
+
+def test_unknown_options_are_all_named(run):
+    message = refused(run("c.yml", "-q", "lr=1", "--resume", "word", "--lr", "-n", "1"))
+    assert all(f"'{name}'" in message for name in ("-q", "--resume", "word", "--lr")) and "'lr=1'" not in message
+
+
+# what is started, and how
+
+def test_threads_are_set_only_where_the_user_has_not(run):
+    assert int(launched(run("c.yml"))["env"]["OMP_NUM_THREADS"]) >= 1
+    assert launched(run("c.yml", OMP_NUM_THREADS="3"))["env"]["OMP_NUM_THREADS"] == "3"
+
+
+def test_what_is_missing_is_named_with_the_way_to_install_it(run):
+    message = refused(run("c.yml", PRETEND_MISSING="torch tiktoken"))
+    assert "lacks torch tiktoken" in message and "pip install -e ." in message
+
+
+def test_the_exit_status_is_the_training_process_own(run):
+    assert run("c.yml", PRETEND_EXIT="7").returncode == 7
+
+
+def test_signals_arrive(run):
+    process = run("c.yml", popen=subprocess.Popen, PRETEND_TO_TRAIN="1")
+    assert process.stdout.readline().split() == ["training", str(process.pid)], "run.sh has to become the training process"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == -signal.SIGTERM and time.monotonic() - began < 5
+    process.stdout.close(), process.stderr.close()
