@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from .masks import MaskSpec, dense_mask, flex_block_mask
 from .rope import apply_rope
@@ -40,15 +41,16 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) 
 # %% ../nbs/07_attention.ipynb #28
 @lru_cache(maxsize=1)
 def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention)
+    "Compiled once. A shape more than the limit is an error, where torch would quietly run 50 times slower."
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    return torch.compile(torch_flex_attention, fullgraph=True)
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> Tensor:
     "The same over a block mask: blocks that nobody may see are never computed. CUDA only, since its backward is."
+    kernel = torch_flex_attention if torch.compiler.is_compiling() else _compiled_flex()  # a compiled model inlines it
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, hd)
-    out = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    return out.transpose(1, 2)
+    return kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 # %% ../nbs/07_attention.ipynb #30
 BACKENDS = {"reference": reference_attention, "sdpa": sdpa_attention, "flex": flex_attention}

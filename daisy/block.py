@@ -6,17 +6,17 @@ __all__ = ['MLP', 'Block', 'init_block']
 # %% ../nbs/08_block.ipynb #2
 # Tensor legend: B batch, T tokens, D model, F hidden
 import math
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# %% ../nbs/08_block.ipynb #3
 from .attention import CausalSelfAttention, rms_norm
 
-# %% ../nbs/08_block.ipynb #3
+# %% ../nbs/08_block.ipynb #26
 class MLP(nn.Module):
-    "Two matrices with a squared ReLU between them (So et al. 2021); D -> mlp_ratio*D -> D, no bias."
+    "Two matrices with a squared ReLU between them (So et al. 2021); D -> F = mlp_ratio * D -> D, no bias."
 
     def __init__(self, model_dim: int, mlp_ratio: int = 4):
         super().__init__()
@@ -26,7 +26,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square())
 
-# %% ../nbs/08_block.ipynb #4
+# %% ../nbs/08_block.ipynb #29
 class Block(nn.Module):
     "Attention, then a feed-forward, each reading the normalised stream and adding to it: x (B, T, D) -> (B, T, D)."
 
@@ -38,15 +38,18 @@ class Block(nn.Module):
         x = x + self.attn(rms_norm(x), **attention_args)
         return x + self.mlp(rms_norm(x))
 
-# %% ../nbs/08_block.ipynb #5
+# %% ../nbs/08_block.ipynb #34
+_WRITERS = ("attn.out.weight", "mlp.down.weight")  # what adds to the stream
+
+# %% ../nbs/08_block.ipynb #35
 @torch.no_grad()
 def init_block(block: Block, generator: torch.Generator | None = None) -> None:
     """Start `block` as the identity: what writes to the stream is zero, what reads from it is uniform.
 
-    The standard deviation is half of fan_in^-1/2; gates start at zero, which for a value gate means a factor of 1.
+    The standard deviation is half of fan_in^-1/2; a value gate's weights start at zero, which means a factor of 1.
     """
     for name, weight in block.named_parameters():
-        if name in ("attn.out.weight", "attn.value_gate.weight", "mlp.down.weight"):
+        if name in _WRITERS or name == "attn.value_gate.weight":
             weight.zero_()
         elif weight.ndim == 2:
             bound = 0.5 * math.sqrt(3 / weight.size(1))

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['SKIPPED_FOLDERS', 'PUBLIC_NAMES', 'C_MODULES', 'TEXT_SUFFIXES', 'SUFFIXES', 'CorpusError', 'Document',
-           'source_entries', 'object_entries', 'paragraphs', 'python_docs', 'read_text_files', 'read_jsonl',
-           'read_parquet', 'open_corpus', 'deduplicate', 'split_of']
+           'source_entries', 'object_entries', 'split_of', 'deduplicate', 'paragraphs', 'python_docs',
+           'read_text_files', 'read_jsonl', 'read_parquet', 'open_corpus']
 
 # %% ../nbs/01_corpus.ipynb #2
 import ast
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../nbs/01_corpus.ipynb #3
+# %% ../nbs/01_corpus.ipynb #5
 class CorpusError(ValueError):
     "A source of text that can't be read; the message is one line that says what, where and what to do."
 
@@ -33,7 +33,7 @@ class Document:
     name: str
     text: str
 
-# %% ../nbs/01_corpus.ipynb #4
+# %% ../nbs/01_corpus.ipynb #13
 def _indent(text):
     "Four spaces before each line, none after it."
     return "\n".join(("    " + line).rstrip() for line in text.split("\n"))
@@ -49,7 +49,7 @@ def _parameters(arguments):
     first, _, rest = ast.unparse(arguments).partition(", ")
     return rest.removeprefix("/, ") if first in ("self", "cls") else f"{first}, {rest}" if rest else first
 
-# %% ../nbs/01_corpus.ipynb #5
+# %% ../nbs/01_corpus.ipynb #16
 def _heading(node, qualified):
     "`class a.B(x)`, `async a.f(x)`, `a.B.name` for a property, `a.f(x)` for the rest."
     if isinstance(node, ast.ClassDef):
@@ -62,7 +62,7 @@ def _heading(node, qualified):
 
 
 def _definitions(body, prefix):
-    "Every public class and function in `body` in source order, methods after their class, as (node, qualified name)."
+    "Every public class and function in `body`, in source order, as (node, qualified name)."
     for node in body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if node.name.startswith("_"): continue
@@ -81,7 +81,7 @@ def source_entries(source, module) -> list[tuple[str, str]]:
     entries += [(_heading(node, name), ast.get_docstring(node)) for node, name in _definitions(tree.body, module)]
     return [(heading, doc) for heading, doc in entries if doc and doc.strip()]
 
-# %% ../nbs/01_corpus.ipynb #6
+# %% ../nbs/01_corpus.ipynb #20
 def _call(function):
     "A C function's own text of its signature, without the `$self` that no caller writes; empty where it has none."
     parameters = (getattr(function, "__text_signature__", None) or "")[1:-1]
@@ -107,12 +107,36 @@ def object_entries(module, public) -> list[tuple[str, str]]:
             entries.append((f"{prefix}{name}{_call(thing)}", inspect.getdoc(thing)))
     return [(heading, doc) for heading, doc in entries if doc and doc.strip()]
 
-# %% ../nbs/01_corpus.ipynb #7
+# %% ../nbs/01_corpus.ipynb #27
+def split_of(text: str, val_fraction: float, seed: int = 0) -> str:
+    "`train` or `val`, decided by the text and the seed alone; `val_fraction` of all texts, nearly, go to `val`."
+    if not 0 <= val_fraction < 1: raise CorpusError(f"val_fraction={val_fraction} must be at least 0 and below 1")
+    digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8")).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+
+# %% ../nbs/01_corpus.ipynb #30
+def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
+    "Each text once, at its first place; exact, by SHA-256, with 32 bytes of memory a document and a set's overhead."
+    seen = set()
+    for document in documents:
+        key = hashlib.sha256(document.text.encode("utf-8")).digest()
+        if key not in seen:
+            seen.add(key)
+            yield document
+
+# %% ../nbs/01_corpus.ipynb #33
+def paragraphs(text) -> list[str]:
+    "Paragraphs of more than 40 characters, with all white space made one space: what near-copies have in common."
+    joined = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return [paragraph for paragraph in joined if len(paragraph) > 40]
+
+# %% ../nbs/01_corpus.ipynb #36
 # Folders that hold tests, generated tables, other people's packages, or tools that Python has dropped.
 SKIPPED_FOLDERS = frozenset("test tests idlelib lib2to3 site-packages dist-packages turtledemo pydoc_data distutils "
                             "ensurepip encodings __pycache__ __phello__".split())
-# Twins: the pure-Python source of a module that is otherwise C, shown under the name that users import.
-PUBLIC_NAMES = {"_pydecimal": "decimal", "_pydatetime": "datetime", "_pyio": "io", "_collections_abc": "collections.abc"}
+# Python source of modules that are otherwise C, under the name that users import.
+PUBLIC_NAMES = {"_pydecimal": "decimal", "_pydatetime": "datetime", "_pyio": "io",
+                "_collections_abc": "collections.abc"}
 # Modules written in C: importing them runs no Python code. (module, name that users import)
 C_MODULES = (("builtins", "builtins"), ("array", "array"), ("binascii", "binascii"), ("_bz2", "bz2"),
              ("cmath", "cmath"), ("_collections", "collections"), ("_csv", "csv"), ("_curses", "curses"),
@@ -124,12 +148,6 @@ C_MODULES = (("builtins", "builtins"), ("array", "array"), ("binascii", "binasci
              ("_ssl", "ssl"), ("_struct", "struct"), ("sys", "sys"), ("termios", "termios"),
              ("_thread", "threading"), ("time", "time"), ("unicodedata", "unicodedata"), ("_weakref", "weakref"),
              ("zlib", "zlib"))
-
-
-def paragraphs(text) -> list[str]:
-    "Paragraphs of more than 40 characters, their spaces and line breaks made one space: what a near-copy has in common."
-    joined = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-    return [paragraph for paragraph in joined if len(paragraph) > 40]
 
 
 def _topics():
@@ -176,7 +194,7 @@ def python_docs() -> Iterator[Document]:
         fresh = [_entry(heading, doc) for heading, doc in entries if not (doc in seen or seen.add(doc))]
         if fresh: yield Document(f"module {module}", "\n\n".join(fresh) + "\n")
 
-# %% ../nbs/01_corpus.ipynb #8
+# %% ../nbs/01_corpus.ipynb #47
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")  # .jsonl and text may also end in .gz or .zst
 
@@ -187,51 +205,55 @@ def _suffix(path):
     return parts[-2] if len(parts) > 1 and parts[-1] in (".gz", ".zst") else parts[-1] if parts else ""
 
 
-def _open(path):
-    "The bytes of a file, decompressed if its name ends in .gz or .zst."
-    if path.suffix.lower() == ".gz": return gzip.open(path, "rb")
-    if path.suffix.lower() != ".zst": return open(path, "rb")
+def _zst_lines(path):
+    "The lines of a .zst file; EOFError if its last frame is cut, which zstandard's own reader passes over in silence."
     try:
         import zstandard
     except ImportError:
         raise CorpusError(f"{path}: reading .zst needs zstandard; pip install zstandard") from None
-    reader = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
-    return io.BufferedReader(reader)
-
-
-def _zst_error():
-    "The exception for damaged .zst data, where that package has been imported."
-    return sys.modules["zstandard"].ZstdError if sys.modules.get("zstandard") else EOFError
+    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            while data:
+                if frame.eof: frame = zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+                except zstandard.ZstdError as error:
+                    raise EOFError(error) from None
+                data = frame.unused_data
+                for line in lines: yield line + b"\n"
+    if not frame.eof: raise EOFError("the end is missing")
+    if rest: yield rest
 
 
 def _lines(path):
-    "The lines of a file as bytes; whatever can go wrong with the file itself is one CorpusError."
+    "The lines of a file as bytes, decompressed; whatever is wrong with the file itself is one CorpusError."
     try:
-        with _open(path) as file:
-            yield from file
-    except FileNotFoundError:
-        raise CorpusError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise CorpusError(f"{path} is a folder; name a file, or a glob such as {path}/*.txt") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile, _zst_error()) as error:
-        raise CorpusError(f"{path}: damaged or cut data ({error}); fetch the file again") from None
+        if path.suffix.lower() == ".zst":
+            yield from _zst_lines(path)
+        else:
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file: yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(f"{path}: damaged or cut short ({error}); fetch the file again") from None
     except OSError as error:
         raise CorpusError(f"{path}: {error.strerror or error}; make it readable or leave it out") from None
 
-# %% ../nbs/01_corpus.ipynb #9
+# %% ../nbs/01_corpus.ipynb #48
 def _files(source, suffixes):
-    "The files that a path, a folder or a glob names, sorted; folders are searched for `suffixes`, hidden files left out."
+    "The files that a path, a folder or a glob names, sorted; in folders those with `suffixes`, and no hidden ones."
     path = Path(source)
     if path.is_dir():
         inside = ((file, file.relative_to(path)) for file in path.rglob("*") if file.is_file())
         files = [file for file, name in inside if _suffix(file) in suffixes
                  and not any(part.startswith(".") for part in name.parts)]
         if not files: raise CorpusError(f"no text in folder {source}: it has no file ending in {', '.join(suffixes)}")
-    elif path.exists() or not glob.has_magic(str(source)):
+    elif path.exists():
         files = [path]
-    else:
+    elif glob.has_magic(str(source)):
         files = [Path(name) for name in glob.glob(str(source), recursive=True) if Path(name).is_file()]
         if not files: raise CorpusError(f"no file matches {source}; check the pattern from the folder {Path.cwd()}")
+    else:
+        raise CorpusError(f"{source}: no such file; check the path from the folder {Path.cwd()}")
     return sorted(files)
 
 
@@ -250,7 +272,7 @@ def read_text_files(path) -> Iterator[Document]:
         text = text.removeprefix("\ufeff")  # the byte order mark that some editors write
         if text.strip(): yield Document(str(file), text)
 
-# %% ../nbs/01_corpus.ipynb #10
+# %% ../nbs/01_corpus.ipynb #52
 def _text_of_line(line, column):
     "The text in one line of JSON; a ValueError says what is wrong with it."
     try:
@@ -260,15 +282,18 @@ def _text_of_line(line, column):
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(record, dict): raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
-    if column not in record: raise ValueError(f"no column {column!r}; it has {', '.join(map(str, record)) or 'none'}")
+    if column not in record: raise ValueError(f"no column {column!r}; it has {', '.join(record) or 'none'}")
     text = record[column]
     if not isinstance(text, str): raise ValueError(f"column {column!r} holds {type(text).__name__}, not text")
-    if any("\ud800" <= character <= "\udfff" for character in text): raise ValueError("half a surrogate pair, which is not Unicode text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair, which is no Unicode text") from None
     return text
 
 
 def read_jsonl(path, column="text", max_bad=0) -> Iterator[Document]:
-    """One document a line of JSON, its text under `column`; empty lines are skipped; .gz and .zst are read as they come.
+    """One document a line of JSON, its text under `column`; empty lines are skipped; .gz and .zst work as they are.
 
     Bad lines (not JSON, no such column, not text) are counted: up to `max_bad` a file they are skipped with one
     warning that gives their number and the first; one more raises CorpusError with file, line and reason.
@@ -287,10 +312,10 @@ def read_jsonl(path, column="text", max_bad=0) -> Iterator[Document]:
             if text.strip(): yield Document(f"{file}:{number}", text)
         if bad: warnings.warn(f"{file}: {len(bad)} bad lines skipped, the first is {bad[0]}", stacklevel=2)
 
-# %% ../nbs/01_corpus.ipynb #11
+# %% ../nbs/01_corpus.ipynb #55
 def _check_column(path, column, names):
     "Refuse a Parquet file without the column."
-    if column not in names: raise CorpusError(f"{path}: no column {column!r}; it has {', '.join(names)}")
+    if column not in names: raise CorpusError(f"{path}: no column {column!r}; it has {', '.join(names) or 'none'}")
 
 
 def read_parquet(path, column="text") -> Iterator[Document]:
@@ -318,9 +343,9 @@ def read_parquet(path, column="text") -> Iterator[Document]:
             reason = str(error).splitlines()[0]
             raise CorpusError(f"{file}: {reason}; check the path, or fetch the file again") from None
 
-# %% ../nbs/01_corpus.ipynb #12
+# %% ../nbs/01_corpus.ipynb #60
 def _read_any(files, column, max_bad):
-    "Each file by its suffix."
+    "The documents of each file, read by its suffix; whatever has no known suffix is text."
     for file in files:
         suffix = _suffix(file)
         if suffix == ".jsonl": yield from read_jsonl(file, column, max_bad)
@@ -331,28 +356,11 @@ def _read_any(files, column, max_bad):
 def open_corpus(source, column="text", max_bad=0) -> Iterator[Document]:
     """The documents of a source: "python_docs", or the path of a file, a folder or a glob.
 
-    `column` names the text in JSONL and Parquet. Raises CorpusError at once for a source that doesn't exist.
+    `column` names the text in JSONL and Parquet, `max_bad` is for `read_jsonl`. Raises CorpusError at once
+    for a source that doesn't exist.
     """
     if source == "python_docs": return python_docs()
-    files = _files(source, SUFFIXES)
-    if not files[0].exists():
-        raise CorpusError(f"no corpus {str(source)!r}: it must be python_docs, or an existing text file, "
-                          f".jsonl or .parquet file, folder, or glob such as 'books/*.txt'")
-    return _read_any(files, column, max_bad)
-
-# %% ../nbs/01_corpus.ipynb #13
-def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
-    "Each text once, at its first place; exact, by SHA-256, with 32 bytes of memory a document."
-    seen = set()
-    for document in documents:
-        key = hashlib.sha256(document.text.encode("utf-8")).digest()
-        if key not in seen:
-            seen.add(key)
-            yield document
-
-
-def split_of(text: str, val_fraction: float, seed: int = 0) -> str:
-    "`train` or `val`, decided by the text and the seed alone; `val_fraction` of all texts, nearly, go to `val`."
-    if not 0 <= val_fraction < 1: raise CorpusError(f"val_fraction={val_fraction} must be at least 0 and below 1")
-    digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8")).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+    if not (Path(source).exists() or glob.has_magic(str(source))):
+        raise CorpusError(f"no corpus {str(source)!r}: it must be python_docs, or an existing text, .jsonl or "
+                          f".parquet file, folder, or glob such as 'books/*.txt'")
+    return _read_any(_files(source, SUFFIXES), column, max_bad)

@@ -21,6 +21,7 @@ from .shards import ShardError, document_starts, read_shard
 # %% ../nbs/04_loader.ipynb #11
 IGNORE = -1    # a target that no loss counts
 
+
 @dataclass
 class Batch:
     "Rows of tokens, the tokens that follow them, and the loader's position after them."
@@ -29,7 +30,7 @@ class Batch:
     position: dict           # JSON-able; give it to TokenLoader to go on from here
 
 # %% ../nbs/04_loader.ipynb #12
-def plan_rows(num_tokens, starts, seq_len, mode="pack"):
+def plan_rows(num_tokens, starts, seq_len, mode="pack") -> np.ndarray:
     """Offsets (int64) of a shard's rows, each of which takes `seq_len` + 1 tokens, the last only as a target.
 
     "stream" puts row after row and cuts where it must. "pack" begins a row at a document (`starts`), or goes on
@@ -62,7 +63,7 @@ class _RowCursor:
     def __init__(self, files, seq_len, eos_id, mode, vocab_size, epoch, shard, token):
         self.files, self.seq_len, self.eos_id, self.mode, self.vocab_size = files, seq_len, eos_id, mode, vocab_size
         self.epoch, self.shard, self.row = epoch, shard, 0
-        self.tokens = self.starts = None
+        self.tokens = self.starts = None    # of the open shard: its ids, and the offsets of its rows
         self.stats = {"shards": 0, "tokens": 0, "used_tokens": 0, "cut_tokens": 0}
         self._open(token)
 
@@ -79,8 +80,8 @@ class _RowCursor:
                 return
             self._next_shard()
             token = 0
-        raise ShardError(f"{self.files[0]}: none of {len(self.files)} shards has {self.seq_len + 1:,} tokens for one row; "
-                         "give more text or a smaller sequence length")
+        raise ShardError(f"{self.files[0]}: none of {len(self.files)} shards has {self.seq_len + 1:,} tokens for one "
+                         "row; give more text or a smaller sequence length")
 
     def _count(self, tokens, used_tokens):
         now = self.stats
@@ -141,11 +142,12 @@ def _start_of(position, files, begin_shard):
         return 0, (begin_shard - 1) % len(files), 0
     try:
         epoch, shard, token, name = (position[key] for key in ("epoch", "shard", "token", "file"))
+        found = 0 <= shard < len(files) and Path(files[shard]).name == name
     except (KeyError, TypeError):
-        raise ShardError(f"{position!r} isn't a loader's position; it has epoch, shard, token and file") from None
-    if not 0 <= shard < len(files) or Path(files[shard]).name != name:
-        raise ShardError(f"the position is in shard {shard + 1}, {name}, which isn't there among these {len(files)} "
-                         "files; give the files it was saved with, or start without a position")
+        raise ShardError(f"{position!r} isn't a loader's position; that has epoch, shard, token and file") from None
+    if not found:
+        raise ShardError(f"the position is in {name} as number {shard + 1}, and the {len(files)} files given don't "
+                         "have it there; give the files it was saved with, or start without a position")
     return epoch, shard, token
 
 
@@ -172,6 +174,8 @@ class Prefetcher:
         return self
 
     def __next__(self):
+        if not self._ahead:
+            raise StopIteration
         item = self._ahead[0].result()    # raises here what was raised in the thread
         self._ahead.popleft()
         self._ahead.append(self._pool.submit(next, self._iterator))
@@ -188,11 +192,11 @@ class Prefetcher:
 class TokenLoader:
     """Endless batches from shards: all ranks together read the rows in order, each row once an epoch.
 
-    A global micro-batch is `batch_size * world_size` consecutive rows, of which `rank` takes its slice. The batches
-    of a `position` (of any rank, of any world size) go on exactly where it was taken. `prefetch` batches are
-    made ahead in a thread, in pinned memory if `device` is a GPU. `stats` counts the tokens of the shards opened
-    so far, and those cut: in no row as an input. Raises `ShardError` for files or arguments that can't be used; files
-    are opened when their turn comes, and an error then is raised by `next`.
+    A global micro-batch is `batch_size * world_size` consecutive rows, of which `rank` takes its slice. `position`,
+    taken from a batch of any rank and any world size, goes on exactly after it; `begin_shard` counts from 1 and
+    wraps. `prefetch` batches are made ahead in a thread, in pinned memory if `device` is a GPU. `stats` counts the
+    tokens of the shards opened so far, and those cut, which are in no row. Raises `ShardError` for arguments that
+    can't be used, and for a shard that can't be read when its turn comes: the first at once, others out of `next`.
     """
 
     def __init__(self, files, batch_size, seq_len, *, eos_id, rank=0, world_size=1, mode="pack", begin_shard=1,
@@ -246,7 +250,7 @@ def _validation_rows(files, seq_len, max_tokens, vocab_size):
 
 
 def validation_batches(files, batch_size, seq_len, *, max_tokens=None, rank=0, world_size=1, vocab_size=None,
-                       device="cpu"):
+                       device="cpu") -> Iterator[Batch]:
     """One pass over `files` in order, as batches of one shape: each token after a shard's first is a target once.
 
     `max_tokens` stops after that many targets over all ranks. Every rank gets the same number of batches; where rows

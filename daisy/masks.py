@@ -41,21 +41,22 @@ def _is_long_range(spec, block):
     return block % spec.long_every == spec.long_every - 1
 
 # %% ../nbs/06_masks.ipynb #23
-def dense_mask(spec, doc_ids_BT=None, seq_len=None, device=None):
-    """Boolean mask (B or 1, 1, T, T), True where query (row) may look at key (column).
+def dense_mask(spec, doc_ids_BT=None, seq_len=None, device=None, start=0):
+    """Boolean mask (B or 1, 1, T - start, T), True where query (row) may look at key (column).
 
-    Without `doc_ids_BT` the whole row of `seq_len` tokens is one document. Costs T x T: for lessons and small T.
+    Without `doc_ids_BT` the whole row of `seq_len` tokens is one document. Rows begin with query `start`, for decoding,
+    where only the new tokens ask. Costs (T - start) x T: for lessons, small T and single tokens.
     """
     if doc_ids_BT is not None:
         seq_len, device = doc_ids_BT.shape[1], doc_ids_BT.device
     position = torch.arange(seq_len, device=device)
-    q, k = position[:, None], position[None, :]
+    q, k = position[start:, None], position[None, :]
     near = k > q - spec.window if spec.window else torch.ones_like(k <= q)
     if spec.long_every:
         near = near | _is_long_range(spec, k // spec.block_size)
-    visible = ((k <= q) & near)[None]  # (1, T, T)
+    visible = ((k <= q) & near)[None]  # (1, T - start, T)
     if doc_ids_BT is not None:
-        visible = visible & (doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :])  # (B, T, T)
+        visible = visible & (doc_ids_BT[:, start:, None] == doc_ids_BT[:, None, :])  # (B, T - start, T)
     return visible[:, None]
 
 # %% ../nbs/06_masks.ipynb #28

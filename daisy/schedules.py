@@ -7,7 +7,7 @@ __all__ = ['COOLDOWN_SHAPES', 'Schedule', 'set_hyperparameters']
 import math
 from dataclasses import dataclass
 
-# %% ../nbs/13_schedules.ipynb #3
+# %% ../nbs/13_schedules.ipynb #12
 # Every shape falls from 1 at x = 0, where the cooldown begins, to 0 at x = 1, where the run ends.
 COOLDOWN_SHAPES = {
     "linear": lambda x: 1 - x,
@@ -15,7 +15,7 @@ COOLDOWN_SHAPES = {
     "1-sqrt": lambda x: 1 - math.sqrt(x),                       # Hägele et al., 2024
 }
 
-# %% ../nbs/13_schedules.ipynb #4
+# %% ../nbs/13_schedules.ipynb #14
 @dataclass(frozen=True)
 class Schedule:
     """What changes during a run of `total_iters` steps, each a pure function of the step (0 is the first).
@@ -76,7 +76,7 @@ class Schedule:
         stair = min(stairs, int(stairs * step / grow_steps)) if grow_steps else stairs
         return self.window_start + (1 - self.window_start) * stair / stairs
 
-# %% ../nbs/13_schedules.ipynb #5
+# %% ../nbs/13_schedules.ipynb #23
 def set_hyperparameters(optimizers, schedule, step):
     "Write the learning rate, weight decay and momentum of `step` (0 is the first) into every group of `optimizers`."
     for optimizer in optimizers:

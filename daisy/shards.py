@@ -52,7 +52,7 @@ def _write_atomically(path, *parts):
         raise ShardError(f"{path}: can't be written ({error.strerror}) and nothing was left behind; "
                          "free some space or choose another folder") from error
     finally:
-        if partial.is_file():
+        if os.path.isfile(partial):
             partial.unlink()
 
 # %% ../nbs/03_shards.ipynb #18
@@ -179,10 +179,12 @@ def _texts_by_split(documents, val_fraction, seed, source):
     texts = {"train": [], "val": []}
     for document in deduplicate(documents):
         texts[split_of(document.text, val_fraction, seed)].append(document.text)
+    found = len(texts["train"]) + len(texts["val"])
+    if not found:
+        raise ShardError(f"{source or 'source'}: no document in it; check the path and the column")
     for split in ("train", "val") if val_fraction else ("train",):
         if not texts[split]:
-            found = len(texts["train"]) + len(texts["val"])
-            raise ShardError(f"{source or 'source'}: {found:,} documents, none of them for {split}; give more text, "
+            raise ShardError(f"{source or 'source'}: of {found:,} documents none falls to {split}; give more text, "
                              f"or another val_fraction than {val_fraction} (0: no validation split)")
         texts[split].sort(key=lambda text: _content_order(text, seed))
     return texts
@@ -206,11 +208,11 @@ def _write_split(split, texts, encoding, folder, shard_tokens, bar):
 def _claim(out_dir):
     "Make `out_dir` with an empty `.building` inside; refuse a folder of shards that daisy didn't build."
     staging = out_dir / ".building"
-    stranger = next(out_dir.glob("*.bin"), None)
-    if stranger and not (out_dir / "manifest.json").exists() and not staging.exists():
-        raise ShardError(f"{out_dir}: {stranger.name} is there and no manifest.json, so daisy didn't build it; "
-                         "choose another folder")
     try:
+        stranger = next(out_dir.glob("*.bin"), None)
+        if stranger and not (out_dir / "manifest.json").exists() and not staging.exists():
+            raise ShardError(f"{out_dir}: {stranger.name} is there and no manifest.json, so daisy didn't build it; "
+                             "choose another folder")
         shutil.rmtree(staging, ignore_errors=True)  # what a killed build left
         staging.mkdir(parents=True)
     except OSError as error:
@@ -218,16 +220,14 @@ def _claim(out_dir):
     return staging
 
 
-def _install(staging, out_dir, manifest):
+def _install(staging, out_dir):
     "Move the finished files of `staging` to `out_dir` in place of an earlier build's; the manifest comes last."
-    manifest_path = out_dir / "manifest.json"
-    manifest_path.unlink(missing_ok=True)
+    (out_dir / "manifest.json").unlink(missing_ok=True)
     for old in out_dir.glob("*.bin"):
         if re.fullmatch(r"(train|val)_\d+\.bin", old.name):
             old.unlink()
-    for file in manifest["files"]:
-        os.replace(staging / file["name"], out_dir / file["name"])
-    _write_atomically(manifest_path, json.dumps(manifest, indent=1).encode())
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == "manifest.json"):
+        os.replace(file, out_dir / file.name)
 
 # %% ../nbs/03_shards.ipynb #50
 def build_shards(documents: Iterable[Document], encoding, out_dir, *, source="", shard_tokens=100_000_000,
@@ -264,7 +264,8 @@ def build_shards(documents: Iterable[Document], encoding, out_dir, *, source="",
             "files": [*files["train"], *files["val"],
                       {"name": "encoding.json", "sha256": _sha256(staging / "encoding.json")}],
         }
-        _install(staging, out_dir, manifest)
+        _write_atomically(staging / "manifest.json", json.dumps(manifest, indent=1).encode())
+        _install(staging, out_dir)
     except OSError as error:
         raise ShardError(f"{out_dir}: can't be written to ({error.strerror}); choose another folder") from error
     finally:

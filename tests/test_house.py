@@ -104,6 +104,12 @@ def test_outputs_are_stored_readable_and_without_errors(path):
 
 
 @notebooks
+def test_the_title_cell_holds_no_list_with_colons(path):
+    "nbdev reads `- key: value` lines of the cell with the title as settings, `skip_exec` among them."
+    assert not re.search(r"^-\s+\S.*:.*\S", cells(path)[0]["source"], re.M)
+
+
+@notebooks
 def test_a_notebook_stays_light(path):
     assert path.stat().st_size < 2_000_000, "stored pictures too large"
 

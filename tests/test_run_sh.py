@@ -22,7 +22,7 @@ elif os.environ.get("PRETEND_TO_TRAIN"):
     print("training", os.getpid(), flush=True)
     time.sleep(60)
 else:
-    keys = ("BEGIN_SHARD", "OMP_NUM_THREADS")
+    keys = ("BEGIN_SHARD", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
     print(json.dumps(dict(argv=sys.argv[1:], env={{key: os.environ.get(key) for key in keys}})))
     sys.exit(int(os.environ.get("PRETEND_EXIT", 0)))
 """
@@ -39,7 +39,7 @@ def run(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"")
 
     def start(*arguments, popen=subprocess.run, **environment):
-        env = {key: value for key, value in os.environ.items() if key not in ("BEGIN_SHARD", "OMP_NUM_THREADS")}
+        env = {key: value for key, value in os.environ.items() if key not in ("BEGIN_SHARD", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
         env.update(environment, PATH=f"{stand_in.parent}{os.pathsep}{env['PATH']}")
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         return popen([str(ROOT / "run.sh"), *arguments], cwd=tmp_path, env=env, **pipes)
@@ -162,9 +162,11 @@ def test_unknown_options_are_all_named(run):
 
 # what is started, and how
 
-def test_threads_are_set_only_where_the_user_has_not(run):
-    assert int(launched(run("c.yml"))["env"]["OMP_NUM_THREADS"]) >= 1
-    assert launched(run("c.yml", OMP_NUM_THREADS="3"))["env"]["OMP_NUM_THREADS"] == "3"
+def test_thread_settings_are_made_only_where_the_user_has_not(run):
+    chosen = launched(run("c.yml"))["env"]
+    assert int(chosen["OMP_NUM_THREADS"]) >= 1 and chosen["OMP_WAIT_POLICY"] == "PASSIVE"
+    kept = launched(run("c.yml", OMP_NUM_THREADS="3", OMP_WAIT_POLICY="ACTIVE"))["env"]
+    assert (kept["OMP_NUM_THREADS"], kept["OMP_WAIT_POLICY"]) == ("3", "ACTIVE")
 
 
 def test_what_is_missing_is_named_with_the_way_to_install_it(run):
@@ -183,3 +185,21 @@ def test_signals_arrive(run):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM and time.monotonic() - began < 5
     process.stdout.close(), process.stderr.close()
+
+
+# the real thing, once
+
+def test_the_same_line_twice_gives_the_same_losses(tmp_path):
+    "The second run of a finished line starts afresh, keeps the old files in a numbered folder, and repeats every digit."
+    line = [str(ROOT / "run.sh"), str(ROOT / "config" / "tiny.yml"), "num_iterations=3", "val_loss_every=3", "val_tokens=4096"]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for _ in range(2):
+        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    def losses(metrics):
+        rows = map(json.loads, metrics.read_text().splitlines())
+        return [(row["step"], row.get("loss"), row.get("val_loss")) for row in rows]
+
+    second, first = tmp_path / "checkpoints" / "metrics.jsonl", tmp_path / "checkpoints" / "run_1" / "metrics.jsonl"
+    assert len(losses(first)) >= 4 and losses(first) == losses(second)

@@ -1,0 +1,264 @@
+"""What lesson 17 can't hold: properties of sampling over many inputs, the cache for many shapes, streaming of any bytes."""
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from daisy.generate import (Sampling, decode_one_token, generate, keep_top_k, keep_top_p, next_token_probs, penalize_repetition,
+                            prefill, stream_text)
+from daisy.gpt import GPT, GPTConfig
+from daisy.tokens import encoding_from_merges
+
+finite = st.floats(-1e4, 1e4, width=32)
+logit_rows = arrays("float32", array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40), elements=finite).map(torch.from_numpy)
+samplings = st.builds(Sampling, temperature=st.one_of(st.just(0.0), st.floats(1e-300, 100)), top_k=st.integers(0, 60),
+                      top_p=st.floats(1e-6, 1.0), repetition_penalty=st.floats(0.01, 100))
+
+
+# ---- the distribution
+
+@settings(deadline=None, max_examples=200)
+@given(logit_rows, samplings, st.data())
+def test_a_distribution_comes_out_whatever_goes_in(logits, sampling, data):
+    B, V = logits.shape
+    seen = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, V - 1), min_size=3, max_size=3), min_size=B, max_size=B)))
+    before = logits.clone()
+    probs = next_token_probs(logits, sampling, seen=seen)
+    assert torch.equal(logits, before)
+    assert probs.shape == (B, V) and probs.dtype == torch.float32 and (probs >= 0).all()
+    torch.testing.assert_close(probs.sum(-1), torch.ones(B))
+    if sampling.top_k:
+        assert ((probs > 0).sum(-1) <= sampling.top_k).all()
+    torch.multinomial(probs, 1)
+
+
+@settings(deadline=None)
+@given(logit_rows, st.integers(1, 60))
+def test_top_k_keeps_the_k_largest(logits, k):
+    kept = keep_top_k(logits, k)
+    assert (kept.isfinite().sum(-1) == min(k, logits.size(1))).all()
+    for row, cut in zip(logits, kept):
+        assert torch.equal(cut[cut.isfinite()], row[cut.isfinite()])
+        if (cut == -math.inf).any():
+            assert row[cut.isfinite()].min() >= row[cut == -math.inf].max()
+
+
+@settings(deadline=None)
+@given(arrays("float32", array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40), elements=st.floats(-10, 10, width=32)).map(torch.from_numpy),
+       st.floats(1e-6, 0.999))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
+    kept, probs = keep_top_p(logits, p).isfinite(), logits.double().softmax(-1)
+    assert kept.any(-1).all()
+    for row, keep in zip(probs, kept):
+        assert row[keep].sum() >= p - 1e-5
+        assert row[keep].sum() - row[keep].min() < p + 1e-5  # without its least likely token it falls short
+        if (~keep).any():
+            assert row[keep].min() >= row[~keep].max() - 1e-7
+
+
+@pytest.mark.parametrize("p, kept", [(0.1, 1), (0.5, 1), (0.50001, 2), (0.75, 2), (0.76, 3), (0.875, 3), (0.9, 4)])
+def test_top_p_on_exact_halves(p, kept):
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert keep_top_p(logits, p).isfinite().sum() == kept
+
+
+@settings(deadline=None)
+@given(logit_rows, st.floats(1.0, 10.0), st.data())
+def test_a_penalty_never_helps(logits, penalty, data):
+    seen = torch.tensor([data.draw(st.lists(st.integers(0, logits.size(1) - 1), min_size=4, max_size=4))] * logits.size(0))
+    after = penalize_repetition(logits, seen, penalty)
+    assert (after <= logits).all()
+    untouched = torch.ones_like(logits, dtype=torch.bool).scatter(-1, seen, False)
+    assert torch.equal(after[untouched], logits[untouched])
+
+
+def test_temperature_zero_is_greedy_and_cold_comes_near():
+    logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, 4.0, -1.0]])
+    greedy = next_token_probs(logits, Sampling(temperature=0))
+    assert greedy.tolist() == [[0, 1, 0], [1, 0, 0]]
+    for cold in (1e-320, 1e-12, 1e-3):
+        torch.testing.assert_close(next_token_probs(logits, Sampling(temperature=cold)), greedy)
+
+
+def test_minus_infinity_bans_a_token():
+    probs = next_token_probs(torch.tensor([[0.0, -math.inf, 0.0]]), Sampling(1.0, 3, 0.99))
+    assert probs.tolist() == [[0.5, 0, 0.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits_are_raised(dtype):
+    logits = torch.randn(2, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.testing.assert_close(next_token_probs(logits, Sampling(top_p=0.9)), next_token_probs(logits.float(), Sampling(top_p=0.9)))
+
+
+@pytest.mark.parametrize("row", [[math.nan, 1.0], [math.nan] * 2, [math.inf, 1.0], [-math.inf] * 2])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_give_no_distribution(row, temperature):
+    with pytest.raises(ValueError, match="NaN or infinity") as error:
+        next_token_probs(torch.tensor([[1.0, 2.0], row]), Sampling(temperature))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("temperature", -1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1), ("top_k", 2.5), ("top_p", 0), ("top_p", -0.1),
+    ("top_p", 1.01), ("top_p", math.nan), ("repetition_penalty", 0), ("repetition_penalty", -1), ("repetition_penalty", math.nan),
+    ("repetition_penalty", math.inf)])
+def test_a_setting_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name} {value} must be"):
+        Sampling(**{name: value})
+
+
+# ---- the cache
+
+def random_model(seed=0, **changes):
+    "Random everywhere: a new model's head is zero, and would agree with anything."
+    shape = dict(vocab_size=90, num_layers=3, num_heads=2, head_dim=8, model_dim=16, max_seq_len=16, eos_token_id=0, window_short=5)
+    model, generator = GPT(GPTConfig(**shape | changes)), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
+    return model.eval()
+
+
+FEATURES = [dict(), dict(num_layers=1), dict(num_layers=2, window_pattern="SL"), dict(num_layers=6, depth_skips=True), dict(num_kv_heads=1),
+            dict(tie_head=True), dict(value_embeds=False), dict(x0_gates=False, residual_gates=False), dict(qk_norm=False),
+            dict(logit_softcap=0.0), dict(rope_fraction=0.5), dict(window_short=1), dict(window_short=0, window_pattern="L"),
+            dict(vocab_size=64), dict(max_seq_len=8, window_long=4, window_short=2)]
+
+
+@torch.no_grad()
+def cached_logits(model, tokens, prompt_len, piece=1):
+    "Logits (B, T - prompt_len + 1, V), the text after the prompt in pieces of `piece` tokens."
+    cache = model.new_cache(*tokens.shape)
+    rows = [prefill(model, tokens[:, :prompt_len], cache)[:, None]]
+    for t in range(prompt_len, tokens.size(1), piece):
+        rows.append(decode_one_token(model, tokens[:, t:t + 1], cache)[:, None] if piece == 1 else model(tokens[:, t:t + piece], cache=cache))
+    assert cache.length == tokens.size(1)
+    return torch.cat(rows, dim=1)
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+@pytest.mark.parametrize("prompt_len, piece", [(1, 1), (7, 1), (30, 1), (6, 4)])
+def test_cached_is_uncached_at_every_position(feature, prompt_len, piece):
+    model = random_model(**feature)
+    tokens = torch.randint(0, 60, (3, 40), generator=torch.Generator().manual_seed(1))
+    tokens[1, [0, 9, 17, 18]] = 0  # documents that begin and end inside prompt and continuation
+    with torch.no_grad():
+        expected = model(tokens)[:, prompt_len - 1:]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(cached_logits(model, tokens, prompt_len, piece), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0, repetition_penalty=1.5), Sampling(0.9, 20, 0.9, 1.2)], ids=str)
+def test_generate_is_the_naive_loop(feature, sampling):
+    model, tokens, numbers = random_model(**feature), torch.tensor([[0, 5, 6]]), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _ in range(30):
+            probs = next_token_probs(model(tokens)[:, -1], sampling, seen=tokens)
+            tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=numbers)], dim=1)
+    assert list(generate(model, [0, 5, 6], 30, sampling, seed=3)) == tokens[0, 3:].tolist()
+
+
+# ---- generate
+
+def test_seeds():
+    model, hot = random_model(), Sampling(temperature=1.0, top_k=0)
+    first = list(generate(model, [1], 30, hot, seed=5))
+    torch.manual_seed(99)  # what else the program draws doesn't matter
+    assert list(generate(model, [1], 30, hot, seed=5)) == first
+    assert list(generate(model, [1], 30, hot, seed=6)) != first
+    assert list(generate(model, [1], 30, hot)) != list(generate(model, [1], 30, hot))
+    assert list(generate(model, [1], 10, hot, seed=5)) == first[:10]
+    assert list(generate(model, [1], 3, hot, seed=2**63 - 1)) and list(generate(model, [1], 3, hot, seed=0))
+    state = torch.get_rng_state()
+    list(generate(model, [1], 3, hot))
+    assert torch.equal(torch.get_rng_state(), state)  # training's random numbers are left alone
+
+
+def test_it_stops():
+    model = random_model()
+    ids = list(generate(model, [1], 40, Sampling(1.0), seed=0))
+    stop = ids[17]
+    assert list(generate(model, [1], 40, Sampling(1.0), seed=0, stop_id=stop)) == ids[:ids.index(stop)]
+    assert list(generate(model, [1], 0)) == []
+    assert list(generate(model, [1], 40, Sampling(1.0), seed=0, stop_id=10**9)) == ids
+
+
+def test_greedy_never_leaves_the_vocabulary_and_its_padding_is_unreachable():
+    model = random_model(vocab_size=65)  # padded to 128
+    assert max(generate(model, [1], 200, Sampling(5.0, 0), seed=0)) < 65
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(prompt=[]), "the prompt is empty"), (dict(prompt=[1, 90]), "token 90 is not in the model's vocabulary of 90"),
+    (dict(prompt=[-1]), "token -1 is not in"), (dict(max_tokens=-1), "max_tokens -1 must be"), (dict(seed=-1), "seed -1 must be"),
+    (dict(seed=2**63), "must be from 0 to")])
+def test_what_cannot_be_continued(wrong, words):
+    with pytest.raises(ValueError, match=words) as error:
+        next(generate(random_model(), **dict(prompt=[1], max_tokens=4) | wrong))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_diverged_model_says_so(temperature):
+    model = random_model()
+    with torch.no_grad():
+        model.embed.weight[3] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        next(generate(model, [3], 5, Sampling(temperature)))
+
+
+def test_a_model_can_be_trained_on_after_it_wrote_past_its_context():
+    model = random_model()
+    assert len(list(generate(model, [1], 60, Sampling(1.0), seed=0))) == 60  # four times max_seq_len
+    tokens = torch.randint(1, 90, (2, 17))
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    assert loss.isfinite() and model.embed.weight.grad.isfinite().all()
+
+
+def test_gradients_stay_on_between_tokens():
+    for _ in generate(random_model(), [1], 3):
+        assert torch.is_grad_enabled()
+
+
+# ---- streaming
+
+BYTES = encoding_from_merges([(240, 159), (256, 146), (97, 98)], "bytes")  # 256 bytes, "f0 9f", "f0 9f 92", "ab", and the end of text
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(max_size=30))
+def test_a_text_streams_as_it_is(text):
+    pieces = list(stream_text(BYTES, BYTES.encode_ordinary(text)))
+    assert "".join(pieces) == text and all(pieces)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 400), max_size=30))
+def test_any_ids_stream(ids):
+    known = b"".join(BYTES.decode_single_token_bytes(i) if i < BYTES.n_vocab else "\ufffd".encode() for i in ids)
+    pieces = list(stream_text(BYTES, ids))
+    assert "".join(pieces) == known.decode("utf-8", errors="replace")
+    assert not any("\ud800" <= character <= "\udfff" for character in "".join(pieces))
+
+
+def test_a_character_comes_out_whole_and_at_once():
+    ids = list("a💥b".encode())
+    assert list(stream_text(BYTES, ids)) == ["a", "💥", "b"]
+    assert list(stream_text(BYTES, ids[:3])) == ["a", "\ufffd"]       # the model stopped in the middle
+    assert list(stream_text(BYTES, [*ids[:3], 97])) == ["a", "\ufffda"]  # it went on with something else
+
+
+def test_streaming_waits_for_nothing():
+    def ids():
+        yield from b"ab"
+        raise KeyboardInterrupt
+    stream = stream_text(BYTES, ids())
+    assert next(stream) == "a" and next(stream) == "b"
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)

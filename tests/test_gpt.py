@@ -1,0 +1,271 @@
+"""The GPT over random shapes and switches: what must hold whatever the config, beyond the cases that lesson 09 shows."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from daisy.gpt import GPT, GPTConfig, count_parameters, cross_entropy, flops_per_token, soft_cap
+from daisy.loader import IGNORE
+
+V, EOS = 50, 0
+SWITCHES = ("value_embeds", "residual_gates", "x0_gates", "depth_skips", "qk_norm", "tie_head")
+OFF = dict(value_embeds=False, residual_gates=False, x0_gates=False, depth_skips=False, logit_softcap=0.0)
+SHAPE = dict(vocab_size=V, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, model_dim=24, max_seq_len=16, eos_token_id=EOS)
+
+
+@st.composite
+def configs(draw):
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 0), (4, 2), (4, 1), (3, 3)]))
+    return GPTConfig(
+        vocab_size=V, num_layers=draw(st.integers(1, 5)), num_heads=heads, num_kv_heads=kv_heads, head_dim=draw(st.sampled_from([2, 8])),
+        model_dim=draw(st.sampled_from([8, 40])), max_seq_len=draw(st.sampled_from([1, 7, 16])), eos_token_id=EOS,
+        window_short=draw(st.sampled_from([0, 1, 3, 99])), window_long=draw(st.sampled_from([0, 5, 99])),
+        window_pattern=draw(st.sampled_from(["SSSL", "L", "SL"])), logit_softcap=draw(st.sampled_from([0.0, 15.0])),
+        rope_fraction=draw(st.sampled_from([1.0, 0.5])), **{name: draw(st.booleans()) for name in SWITCHES})
+
+
+def awake(config, seed=0, **kwargs):
+    "A model whose zeros and ones have been replaced, so that every part says something."
+    model, generator = GPT(config, **kwargs), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1: p.add_(0.3 * torch.randn(p.shape, generator=generator))
+            elif not p.any(): p.normal_(std=p.size(1) ** -0.5, generator=generator)
+    return model
+
+
+def tokens_like(B, T, seed=0, low=0):
+    return torch.randint(low, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(a, b, tolerance=1e-5):
+    difference = (a - b).norm() / b.norm()
+    assert a.shape == b.shape and difference < tolerance, difference.item()
+
+
+# the switches
+
+@settings(max_examples=30, deadline=None)
+@given(configs(), st.integers(1, 24))
+def test_the_first_loss_is_ln_v(config, T):
+    tokens = tokens_like(2, T)
+    loss = GPT(config)(tokens, tokens_like(2, T, seed=1)).item()
+    assert abs(loss - math.log(V)) < (1.2 if config.tie_head else 1e-5)
+
+
+@pytest.mark.parametrize("switch", ["residual_gates", "x0_gates", "depth_skips"])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_gate_at_its_start_is_the_network_without_it(switch, others):
+    base = {**SHAPE, **dict.fromkeys(SWITCHES[:4], others)}
+    without, with_gate = (awake(GPTConfig(**{**base, switch: on})) for on in (False, True))
+    fresh = GPT(with_gate.config).get_parameter(switch.replace("depth_skips", "skip_gates"))
+    state = {**without.state_dict(), switch.replace("depth_skips", "skip_gates"): fresh}
+    with_gate.load_state_dict(state)
+    assert torch.equal(with_gate(tokens_like(2, 11)), without(tokens_like(2, 11)))
+
+
+def test_silent_value_embeddings_are_the_network_without_them():
+    without = awake(GPTConfig(**{**SHAPE, "value_embeds": False}))
+    model = awake(GPTConfig(**SHAPE))
+    model.load_state_dict(without.state_dict(), strict=False)
+    with torch.no_grad():
+        for table in model.value_embeds.values(): table.weight.zero_()
+    assert torch.equal(model(tokens_like(2, 11)), without(tokens_like(2, 11)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(configs())
+def test_what_is_off_leaves_no_parameter(config):
+    names = " ".join(name for name, _ in GPT(config).named_parameters())
+    for key, words in dict(value_embeds="value_", residual_gates="residual_gates", x0_gates="x0_gates").items():
+        assert (words in names) == getattr(config, key)
+    assert ("skip_gates" in names) == config.depth_skips and ("head.weight" in names) != config.tie_head
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 5])
+@pytest.mark.parametrize("extras", [OFF, dict(depth_skips=True), dict(depth_skips=True, tie_head=True, qk_norm=False)],
+                         ids=["plain", "all", "tied, no QK-norm"])
+def test_once_awake_every_parameter_gets_a_gradient(num_layers, extras):
+    model = awake(GPTConfig(**{**SHAPE, "num_layers": num_layers, **extras}))
+    model(tokens_like(3, 9, low=1), tokens_like(3, 9, seed=1)).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+
+
+# who sees what
+
+@settings(max_examples=40, deadline=None)
+@given(configs(), st.integers(1, 24), st.data())
+def test_the_future_changes_nothing(config, T, data):
+    model, tokens = awake(config), tokens_like(2, T)
+    t = data.draw(st.integers(0, T - 1))
+    changed = tokens.clone()
+    changed[:, t:] = tokens_like(2, T - t, seed=7)
+    with torch.no_grad():
+        assert torch.equal(model(changed)[:, :t], model(tokens)[:, :t])
+
+
+@settings(max_examples=30, deadline=None)
+@given(configs(), st.integers(1, 12), st.integers(1, 12))
+def test_a_document_is_read_as_if_it_stood_alone(config, before, length):
+    model = awake(config)
+    document = torch.cat([torch.tensor([[EOS]]), tokens_like(1, length, low=1)], dim=1)
+    row = torch.cat([tokens_like(1, before, seed=3), document], dim=1)
+    with torch.no_grad():  # only differences of positions count, so it doesn't matter where the document begins
+        assert_same(model(row)[:, before:], model(document), 1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(configs())
+def test_rows_of_a_batch_are_strangers(config):
+    model, tokens = awake(config), tokens_like(3, 10)
+    with torch.no_grad():
+        assert_same(model(tokens)[1:2], model(tokens[1:2]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs(), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 2))
+def test_the_cached_path_equals_the_full_forward(config, pieces, B):
+    model, tokens = awake(config), tokens_like(B, sum(pieces))  # longer than max_seq_len, with documents inside
+    cache = model.new_cache(B, sum(pieces))
+    with torch.no_grad():
+        cached = torch.cat([model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+        assert_same(cached, model(tokens))
+    assert cache.length == sum(pieces)
+
+
+def test_a_full_cache_says_what_to_do():
+    model = GPT(GPTConfig(**SHAPE))
+    with pytest.raises(ValueError, match=r"6 tokens don't fit a cache of 5: make it with new_cache\(batch_size, 6\)"):
+        model(tokens_like(1, 6), cache=model.new_cache(1, 5))
+
+
+# lengths and windows
+
+@pytest.mark.parametrize("T", [1, 2, 13, 127])
+@pytest.mark.parametrize("extras", [{}, OFF, dict(depth_skips=True, tie_head=True)], ids=["default", "plain", "skips, tied"])
+def test_odd_lengths_and_backends_agree(T, extras):
+    config = GPTConfig(**{**SHAPE, **extras})
+    tokens, outputs = tokens_like(2, T), {}
+    for backend in ("sdpa", "reference"):
+        model = awake(config, backend=backend)
+        loss = model(tokens, tokens_like(2, T, seed=1))
+        loss.backward()
+        outputs[backend] = torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
+    assert_same(outputs["sdpa"], outputs["reference"])
+
+
+def test_a_window_longer_than_the_row_is_no_window():
+    tokens = tokens_like(2, 16)
+    models = [awake(GPTConfig(**SHAPE, window_short=w, window_long=w)) for w in (0, 16, 1000)]
+    assert torch.equal(models[0](tokens), models[1](tokens)) and torch.equal(models[0](tokens), models[2](tokens))
+
+
+def test_rows_longer_than_in_training_keep_the_windows_of_training():
+    model = awake(GPTConfig(**{**SHAPE, "num_layers": 1}))  # one layer that sees max_seq_len = 16 keys
+    tokens = tokens_like(1, 70, low=1)
+    with torch.no_grad():
+        logits = model(tokens)
+        changed = tokens.clone()
+        changed[0, 40] = tokens[0, 40] % (V - 1) + 1
+        moved = (model(changed) != logits).any(-1)[0].nonzero().flatten().tolist()
+        assert moved[0] == 40 and moved[-1] == 40 + 15
+        assert_same(model(tokens[:, :9]), logits[:, :9])
+    assert model.rope_cos.dtype == torch.float32 and "rope_cos" not in model.state_dict()
+
+
+# the head and the loss
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.sampled_from([0.0, 1.0, 15.0]), st.integers(0, 100), st.integers(0, 5))
+def test_chunks_change_neither_loss_nor_gradients(N, chunk_tokens, cap, seed, ignored):
+    generator = torch.Generator().manual_seed(seed)
+    x, head = (torch.randn(n, 8, generator=generator, requires_grad=True) for n in (N, 64))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[:ignored] = IGNORE
+    expected = F.cross_entropy(soft_cap(x @ head.T, cap)[:, :V], targets, ignore_index=IGNORE, reduction="sum") / max(N - ignored, 1)
+    loss = cross_entropy(x, head, targets, cap, V, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, (x, head)), torch.autograd.grad(expected, (x, head))):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_padding_is_never_offered_and_never_learns():
+    model, tokens = awake(GPTConfig(**SHAPE)), tokens_like(2, 8)
+    assert model.head.weight.shape == (64, 24) and model(tokens).shape == (2, 8, V)
+    loss = model(tokens, tokens)
+    torch.testing.assert_close(loss, F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
+    loss.backward()
+    assert not model.head.weight.grad[V:].any() and not model.embed.weight.grad[V:].any()
+
+
+def test_ignored_targets_dont_count():
+    model, tokens, targets = awake(GPTConfig(**SHAPE)), tokens_like(1, 8), tokens_like(1, 8, seed=1)
+    masked = targets.clone()
+    masked[0, 3:] = IGNORE
+    logits = model(tokens)
+    torch.testing.assert_close(model(tokens, masked), F.cross_entropy(logits[0, :3], targets[0, :3]))
+    assert model(tokens, torch.full_like(targets, IGNORE)) == 0
+
+
+def test_under_autocast_the_loss_and_the_stream_stay_float32():
+    model, tokens, targets = awake(GPTConfig(**SHAPE)), tokens_like(2, 16), tokens_like(2, 16, seed=1)
+    expected = model(tokens, targets)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, stream, cache = model(tokens, targets), model.hidden(tokens), model.new_cache(2, 16)
+        cached = torch.cat([model(piece, cache=cache) for piece in tokens.split(5, dim=1)], dim=1)
+        assert_same(cached, model(tokens), 2e-2)
+    assert loss.dtype == stream.dtype == torch.float32 and cache.keys.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
+
+
+# building, counting, learning
+
+@settings(max_examples=20, deadline=None)
+@given(configs(), st.integers(1, 40))
+def test_counts_add_up(config, seq_len):
+    model = GPT(config)
+    counts = count_parameters(model)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    matrices = counts["attention"] + counts["mlp"] + (counts["embed"] if config.tie_head else counts["head"])
+    pairs_at_most = 12 * config.num_heads * config.head_dim * config.num_layers * seq_len
+    assert 6 * matrices < flops_per_token(model, seq_len) <= 6 * (matrices + counts["gates"]) + pairs_at_most
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, again, other = (GPT(GPTConfig(**SHAPE), seed=seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["embed.weight"], other["embed.weight"])
+
+
+def test_a_large_shape_is_built_on_meta_for_nothing():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50_257, num_layers=48, num_heads=25, head_dim=64, model_dim=1600, max_seq_len=1024,
+                              eos_token_id=50_256, value_embeds=False))
+    assert count_parameters(model)["mlp"] == 48 * 8 * 1600**2 and flops_per_token(model, 1024) > 6e9
+
+
+def test_another_feed_forward_drops_in():
+    class Scale(nn.Module):
+        def __init__(self, model_dim, mlp_ratio):
+            super().__init__()
+            self.gate = nn.Parameter(torch.zeros(model_dim))
+
+        def forward(self, x): return self.gate * x
+
+    model = GPT(GPTConfig(**SHAPE), make_feed_forward=Scale)
+    assert math.isclose(model(tokens_like(2, 8), tokens_like(2, 8)).item(), math.log(V), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("extras", [OFF, dict(depth_skips=True), dict(tie_head=True)], ids=["plain", "all", "tied"])
+def test_one_batch_can_be_overfitted(extras):
+    model, rows = GPT(GPTConfig(**{**SHAPE, "model_dim": 48, **extras})), tokens_like(2, 17, low=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(rows[:, :-1], rows[:, 1:])
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    assert loss < 0.3

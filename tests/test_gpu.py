@@ -1,0 +1,83 @@
+"""What only a GPU can show: `python -m pytest -m gpu tests/test_gpu.py` on a machine with one."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from daisy.attention import attend, prepare_mask
+from daisy.gpt import GPT, GPTConfig
+from daisy.masks import MaskSpec, document_ids
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+ROOT = Path(__file__).parent.parent
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("dtype,out_tolerance,grad_tolerance", [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 5e-3, 1e-2)])
+@pytest.mark.parametrize("tokens,window,heads,kv_heads,head_dim", [
+    (256, 64, 2, 2, 64), (384, 1024, 4, 2, 128), (200, 50, 2, 1, 64), (1, 8, 2, 2, 64), (129, 1, 2, 2, 128)])
+def test_backend_agrees_with_the_reference(backend, dtype, out_tolerance, grad_tolerance, tokens, window, heads, kv_heads, head_dim):
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    ids = torch.randint(0, 40, (2, tokens), generator=generator, device="cuda")
+    spec, doc_ids = MaskSpec(window=window), document_ids(ids, eos_id=0)
+    shapes = [(2, tokens, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    *qkv, weight = (torch.randn(s, generator=generator, device="cuda").to(dtype) for s in shapes)
+
+    def run(name, tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = attend(*leaves, prepare_mask(name, spec, doc_ids), head_dim ** -0.5, name)
+        (out * weight.to(out.dtype)).sum().backward()
+        return out.detach(), [t.grad for t in leaves]
+
+    expected, expected_grads = run("reference", [t.double() for t in qkv])
+    out, grads = run(backend, qkv)
+    assert relative(out, expected) < out_tolerance
+    for name, got, want in zip("qkv", grads, expected_grads):
+        if want.norm() > 1e-6:
+            assert relative(got, want) < grad_tolerance, name
+
+
+def test_compiled_model_agrees_with_the_cpu():
+    config = GPTConfig(vocab_size=500, num_layers=3, num_heads=2, head_dim=64, model_dim=128, max_seq_len=256, eos_token_id=0,
+                       window_short=64, depth_skips=True)
+    on_cpu, on_gpu = GPT(config), GPT(config, backend="flex")
+    for p in on_cpu.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    tokens = torch.randint(0, 500, (2, 257))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    loss = on_cpu(inputs, targets)
+    loss.backward()
+    gpu_loss = torch.compile(on_gpu.cuda())(inputs.cuda(), targets.cuda())
+    gpu_loss.backward()
+    assert abs(loss.item() - gpu_loss.item()) < 1e-4
+    for (name, p), q in zip(on_cpu.named_parameters(), on_gpu.parameters()):
+        assert relative(q.grad.cpu(), p.grad) < 1e-3, name
+
+
+def test_tiny_config_trains_on_the_gpu(tmp_path):
+    "As a user would; the shards may be given in DAISY_TEST_SHARDS where the machine has no documentation to build them from."
+    shards = os.environ.get("DAISY_TEST_SHARDS")
+    files = [f"train_files={shards}/train_*.bin", f"val_files={shards}/val_*.bin"] if shards else [
+        f"train_files={tmp_path}/data/train_*.bin", f"val_files={tmp_path}/data/val_*.bin"]
+    if not shards:
+        subprocess.run([sys.executable, "-c", "import sys; from daisy.shards import main; sys.exit(main())", "python_docs",
+                        str(tmp_path / "data"), "--vocab-size", "2048", "--quiet"], check=True, cwd=ROOT)
+    run = subprocess.run([sys.executable, "train.py", "config/tiny.yml", "num_iterations=30", "val_loss_every=15", *files,
+                          f"checkpoint_dir={tmp_path}/checkpoints"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "attention flex, compiled" in run.stdout
+    rows = [json.loads(line) for line in (tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert losses[-1] < losses[0] - 1.5
+    sample = subprocess.run([sys.executable, "sample.py", str(tmp_path / "checkpoints" / "state_step_30.pt"), "--raw", "--prompt", "The ",
+                             "--max_tokens", "20", "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert sample.returncode == 0 and len(sample.stdout) > 10, sample.stderr

@@ -1,0 +1,282 @@
+"What lessons 10, 12 and 13 promise, tried on many shapes, settings and steps."
+import copy
+import io
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import assume, given, settings, strategies as st
+from torch import nn
+
+from daisy.gpt import GPT, GPTConfig
+from daisy.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, newton_schulz, polar_express
+from daisy.optim import GROUPS, build_optimizers, load_optimizer_state, parameter_groups, update_to_weight_ratios
+from daisy.schedules import COOLDOWN_SHAPES, Schedule, set_hyperparameters
+
+RATES = dict(embed_params_lr=0.3, value_embed_lr=0.15, scalar_params_lr=0.05, hidden_matrix_params_lr=0.02, head_params_lr=0.008)
+
+
+def tiny_gpt(**changes):
+    shape = dict(vocab_size=64, num_layers=2, num_heads=2, head_dim=8, model_dim=16, max_seq_len=16, eos_token_id=63)
+    return GPT(GPTConfig(**{**shape, **changes}))
+
+
+def matrix_with(sigma, m, n, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    U = torch.linalg.qr(torch.randn(m, len(sigma), generator=random, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(n, len(sigma), generator=random, dtype=torch.float64))[0]
+    return ((U * sigma) @ V.T).float(), U, V
+
+
+def give_gradients(*models, seed):
+    random = torch.Generator().manual_seed(seed)
+    for params in zip(*models):
+        gradient = torch.randn(params[0].shape, generator=random)
+        for p in params:
+            p.grad = gradient.to(p.dtype)
+
+
+# Orthogonalization
+
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(1, 40), n=st.integers(1, 40), log_condition=st.floats(0, 6), log_scale=st.floats(-20, 20),
+       seed=st.integers(0, 100), method=st.sampled_from([newton_schulz, polar_express]))
+def test_polynomials_act_on_singular_values(m, n, log_condition, log_scale, seed, method):
+    sigma = torch.logspace(0, -log_condition, min(m, n), dtype=torch.float64)
+    G, U, V = matrix_with(sigma, m, n, seed)
+    expected = sigma / sigma.norm()
+    for a, b, c in ([NEWTON_SCHULZ] * 5 if method is newton_schulz else POLAR_EXPRESS[:5]):
+        expected = a * expected + b * expected**3 + c * expected**5
+    result = method(G * 10**log_scale).double()
+    assert (result - (U * expected) @ V.T).norm() < 2e-3 * math.sqrt(min(m, n))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (3, 24, 16), (2, 3, 8, 16)])
+def test_enough_steps_reach_the_svd(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    U, _, Vt = torch.linalg.svd(G, full_matrices=False)
+    torch.testing.assert_close(polar_express(G, steps=15), U @ Vt, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [newton_schulz, polar_express])
+@pytest.mark.parametrize("G", [torch.zeros(4, 8), torch.full((8, 4), 3e38), torch.full((4, 4), 1e-42), torch.ones(2, 5, 3),
+                               torch.eye(6)[:, :1] @ torch.ones(1, 9)], ids=["zero", "huge", "denormal", "rank 1", "one row"])
+def test_odd_gradients_stay_finite(method, G):
+    for steps in (5, 30):
+        result = method(G, steps)
+        assert result.isfinite().all() and result.abs().max() < 1.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_is_kept_and_the_argument_untouched(dtype):
+    G = torch.randn(5, 7).to(dtype)
+    before = G.clone()
+    assert polar_express(G).dtype == dtype and torch.equal(G, before)
+
+
+# Muon
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_plain_mode_is_torch_muon(nesterov):
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((8, 8), (24, 8), (8, 24), (24, 8))]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    a = Muon(ours, lr=0.02, weight_decay=0.1, nesterov=nesterov, cautious=False, normalize_neurons=False, method="newton_schulz")
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, nesterov=nesterov)
+    for seed in range(4):
+        give_gradients(ours, theirs, seed=seed)
+        a.step()
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):  # torch's rounding, switched off
+            b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_stacks_change_nothing_and_gradients_are_only_read():
+    torch.manual_seed(0)
+    together = [nn.Parameter(torch.randn(shape)) for shape in ((8, 4), (8, 4), (3, 8, 4), (4, 8))]
+    apart = [nn.Parameter(p.detach().clone()) for p in together]
+    one, many = Muon(together, weight_decay=0.1), [Muon([p], weight_decay=0.1) for p in apart]
+    for seed in range(3):
+        give_gradients(together, apart, seed=seed)
+        kept = [p.grad.clone() for p in together]
+        one.step()
+        for optimizer in many:
+            optimizer.step()
+        assert all(torch.equal(p.grad, gradient) for p, gradient in zip(together, kept))
+    torch.testing.assert_close(together, apart)
+
+
+def test_cautious_decay_never_pulls_against_the_update():
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(6, 6))
+    free = nn.Parameter(w.detach().clone())
+    give_gradients([w], [free], seed=0)
+    before = w.detach().clone()
+    Muon([w], weight_decay=0.5).step()
+    Muon([free]).step()
+    decayed = w.detach() != free.detach()
+    shrinks = before * (before - free.detach()) >= 0
+    assert decayed.any() and not decayed[~shrinks].any()
+
+
+def test_missing_zero_and_huge_gradients():
+    params = [nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
+    params[0].grad, params[1].grad = torch.zeros(4, 6), torch.full((4, 6), 1e30)
+    before = [p.detach().clone() for p in params]
+    optimizer = Muon(params)
+    for _ in range(3):
+        optimizer.step()
+    assert torch.equal(params[0], before[0]) and torch.equal(params[2], before[2])
+    assert params[1].isfinite().all() and not torch.equal(params[1], before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_resumes_to_the_last_bit(dtype):
+    ours = [nn.Parameter(torch.randn(6, 4).to(dtype)) for _ in range(2)]
+    optimizer = Muon(ours, weight_decay=0.1)
+    give_gradients(ours, seed=0)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again = [nn.Parameter(p.detach().clone()) for p in ours]
+    resumed = Muon(again, weight_decay=0.1)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert all(value.dtype == torch.float32 for state in resumed.state.values() for value in state.values())
+    for seed in (1, 2):
+        give_gradients(ours, again, seed=seed)
+        optimizer.step()
+        resumed.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, again))
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: Muon([nn.Parameter(torch.zeros(3))]), "shape (3,)"), (lambda p: Muon([p], lr=-1), "lr=-1"),
+    (lambda p: Muon([p], momentum=2), "momentum=2"), (lambda p: Muon([p], method="svd"), "polar_express")])
+def test_muon_names_the_mistake(make, words):
+    with pytest.raises(ValueError) as error:
+        make(nn.Parameter(torch.zeros(3, 3)))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# Groups
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_head=True), dict(value_embeds=False, x0_gates=False, residual_gates=False),
+                                     dict(depth_skips=True, num_layers=4)])
+def test_every_parameter_in_exactly_one_group(changes):
+    model = tiny_gpt(**changes)
+    groups = parameter_groups(model)
+    assert tuple(groups) == GROUPS
+    members = [p for params in groups.values() for p in params]
+    assert len(members) == len(set(members)) and set(members) == set(model.parameters())
+    assert all(p.ndim >= 2 for p in groups["matrix"]) and bool(groups["head"]) != bool(changes.get("tie_head"))
+    for kind in ("muon", "adamw"):
+        optimizers = build_optimizers(model, optimizer=kind, **RATES)
+        in_groups = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        assert len(in_groups) == len(set(in_groups)) and set(in_groups) == set(members)
+
+
+def test_an_unknown_parameter_and_optimizer_are_named():
+    model = tiny_gpt()
+    model.router = nn.Linear(4, 3, bias=False)
+    with pytest.raises(ValueError, match="router.weight"):
+        parameter_groups(model)
+    with pytest.raises(ValueError, match="adagrad"):
+        build_optimizers(tiny_gpt(), optimizer="adagrad", **RATES)
+
+
+def test_compiled_models_have_the_same_groups():
+    wrapper = nn.Module()
+    wrapper._orig_mod = tiny_gpt()
+    assert {name: len(params) for name, params in parameter_groups(wrapper).items()} == \
+           {name: len(params) for name, params in parameter_groups(tiny_gpt()).items()}
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_run_resumes_exactly_and_keeps_its_own_settings(kind):
+    model = tiny_gpt()
+    optimizers = build_optimizers(model, optimizer=kind, adamw_weight_decay=0.1, **RATES)
+    give_gradients(model.parameters(), seed=0)
+    for optimizer in optimizers:
+        optimizer.step()
+    twin = tiny_gpt()
+    twin.load_state_dict(model.state_dict())
+    resumed = build_optimizers(twin, optimizer=kind, adamw_weight_decay=0.1, **RATES)
+    saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    for optimizer, state in zip(resumed, saved):
+        load_optimizer_state(optimizer, state)
+    for step in range(1, 4):
+        give_gradients(model.parameters(), twin.parameters(), seed=step)
+        for same in (optimizers, resumed):
+            set_hyperparameters(same, Schedule(4), step)
+            for optimizer in same:
+                optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+    slower = build_optimizers(twin, optimizer=kind, **{**RATES, "embed_params_lr": 0.01})
+    load_optimizer_state(slower[0], saved[0])
+    assert slower[0].param_groups[0]["initial_lr"] == 0.01
+
+
+def test_update_to_weight_ratio_by_hand():
+    model = tiny_gpt()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model.embed.weight.mul_(1.5)
+    ratios = update_to_weight_ratios(model, before)
+    assert ratios["embed"] == pytest.approx(0.5) and ratios["matrix"] == 0 and ratios["head"] == float("inf")
+
+
+# Schedules
+
+schedules = st.builds(
+    Schedule, total_iters=st.integers(1, 500), warmup_steps=st.integers(0, 100), cooldown_frac=st.floats(0, 1),
+    final_lr_frac=st.floats(0, 1), cooldown_shape=st.sampled_from(sorted(COOLDOWN_SHAPES)), momentum_peak=st.floats(0.9, 1),
+    momentum_start=st.floats(0, 0.9), momentum_warmup_steps=st.integers(0, 100), momentum_cooldown_steps=st.integers(0, 100),
+    window_start=st.none() | st.floats(0.01, 1), window_warmup_frac=st.floats(0, 1), window_stages=st.integers(2, 9))
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedule=schedules)
+def test_schedules_rise_then_fall_within_their_bounds(schedule):
+    steps = range(schedule.total_iters)
+    for values in ([schedule.lr(step) for step in steps], [schedule.momentum(step) for step in steps]):
+        top = values.index(max(values))
+        assert all(b >= a - 1e-9 for a, b in zip(values[:top], values[1:top + 1]))
+        assert all(b <= a + 1e-9 for a, b in zip(values[top:], values[top + 1:]))
+        assert 0 <= min(values) and max(values) <= 1 + 1e-9
+    assert schedule.lr(0) > 0 or schedule.final_lr_frac < 1e-9
+    windows = [schedule.window_fraction(step) for step in steps]
+    assert sorted(windows) == windows and max(windows) <= 1 + 1e-9 and len(set(windows)) <= schedule.window_stages
+    assert schedule.window_fraction(schedule.total_iters) == pytest.approx(1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(schedule=schedules)
+def test_a_run_ends_where_it_was_told(schedule):
+    assume(schedule.cooldown_frac > 0.01 and schedule.warmup_steps <= schedule.total_iters)
+    assert schedule.lr(schedule.total_iters) == pytest.approx(schedule.final_lr_frac, abs=1e-9)
+    assert schedule.lr(10 * schedule.total_iters + 100) == pytest.approx(schedule.final_lr_frac, abs=1e-9)
+
+
+def test_setting_twice_is_setting_once():
+    optimizers = build_optimizers(tiny_gpt(), muon_weight_decay=0.1, **RATES)
+    schedule = Schedule(100, warmup_steps=10, momentum_warmup_steps=50)
+    set_hyperparameters(optimizers, schedule, 80)
+    once = [{key: group[key] for key in ("lr", "weight_decay")} for optimizer in optimizers for group in optimizer.param_groups]
+    for step in (3, 99, 80, 80):
+        set_hyperparameters(optimizers, schedule, step)
+    twice = [{key: group[key] for key in ("lr", "weight_decay")} for optimizer in optimizers for group in optimizer.param_groups]
+    assert once == twice
+    matrix = optimizers[1].param_groups[0]
+    assert matrix["lr"] == pytest.approx(0.02 * 0.4) and matrix["weight_decay"] == pytest.approx(0.1 * 0.4) and matrix["momentum"] == 0.95
+
+
+@pytest.mark.parametrize("mistake", [dict(total_iters=0), dict(cooldown_frac=50), dict(cooldown_shape="sqrt"), dict(window_start=0.0),
+                                     dict(warmup_steps=-1)])
+def test_a_setting_out_of_range_is_named(mistake):
+    with pytest.raises(ValueError, match=next(iter(mistake))) as error:
+        Schedule(**{"total_iters": 10, **mistake})
+    assert "\n" not in str(error.value)
