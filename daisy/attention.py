@@ -87,7 +87,7 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention with grouped key-value heads, RoPE, QK-norm and an optional value embedding.
 
     Queries, keys and values are three parameters, so that an optimizer sees three matrices, and one matmul.
-    The output projection starts at zero: the layer adds nothing until it has learned something.
+    A block (lesson 08) starts the output projection at zero: the layer adds nothing until it has learned something.
     """
 
     def __init__(self, model_dim: int, num_heads: int, num_kv_heads: int, head_dim: int,
@@ -115,10 +115,11 @@ class CausalSelfAttention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = apply_rope(q, *rope).to(qkv.dtype), apply_rope(k, *rope).to(qkv.dtype)  # under autocast the norm gives float32
+        v = v.to(qkv.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        y = attend(q, k, v.to(q.dtype), mask, self.scale, backend)
+        y = attend(q, k, v, mask, self.scale, backend)
         return self.out(y.reshape(B, T, -1))
 
 # %% ../nbs/07_attention.ipynb #49

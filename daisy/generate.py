@@ -27,7 +27,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 # %% ../nbs/17_generate.ipynb #33
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     "Keep the likeliest tokens until their probabilities reach p, the one that crosses it included (Holtzman et al. 2020)."
-    ranked, order = logits.sort(dim=-1, descending=True)
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)  # among equals the lower id first
     reached = ranked.softmax(dim=-1).cumsum(dim=-1)
     before = F.pad(reached[..., :-1], (1, 0))  # the mass of all likelier tokens: 0 for the first, so one always stays
     return logits.scatter(-1, order, ranked.masked_fill(before >= p, -math.inf))

@@ -127,14 +127,16 @@ class GPT(nn.Module):
         self.x0_gates = nn.Parameter(torch.zeros(c.num_layers)) if c.x0_gates else None
         self.skip_gates = nn.Parameter(torch.zeros(c.num_layers // 2)) if c.depth_skips else None
         self.head = None if c.tie_head else nn.Linear(c.model_dim, c.padded_vocab_size, bias=False)
-        self._make_rope_tables(c.max_seq_len)
+        self.extend_rope(c.max_seq_len)
         self.init_weights(seed)
 
-    def _make_rope_tables(self, seq_len: int) -> None:
+    def extend_rope(self, seq_len: int) -> None:
+        "Make the rotation tables reach `seq_len` positions. Rows do so by themselves; a compiled model wants it done before."
         c, device = self.config, self.embed.weight.device
-        tables = rope_tables(seq_len, c.head_dim, c.rope_base, c.rope_fraction)
-        for name, table in zip(("rope_cos", "rope_sin"), tables):
-            self.register_buffer(name, table.to(device), persistent=False)
+        if not hasattr(self, "rope_cos") or seq_len > self.rope_cos.size(0):
+            tables = rope_tables(seq_len, c.head_dim, c.rope_base, c.rope_fraction)
+            for name, table in zip(("rope_cos", "rope_sin"), tables):
+                self.register_buffer(name, table.to(device), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -188,7 +190,7 @@ class GPT(nn.Module):
     def _rope(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         "Rotations of positions start to end; the tables grow, in big steps, where a row is longer than in training."
         if end > self.rope_cos.size(0):
-            self._make_rope_tables(2 * end)
+            self.extend_rope(2 * end)
         return self.rope_cos[start:end], self.rope_sin[start:end]
 
     def _masks(self, tokens: Tensor, cache: KVCache | None) -> dict:

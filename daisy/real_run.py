@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_CLASSES', 'DEFAULT_PROMPT', 'TEMPLATE', 'get_model_class', 'choose_device', 'prepare_data', 'run_encoding',
-           'build_model', 'load_model', 'run_optimizers', 'run_schedule', 'restore', 'describe',
-           'compressor_bits_per_byte', 'validation_text', 'Run', 'print_continuation', 'one_line_errors', 'train_main',
-           'sample_main']
+           'build_model', 'load_model', 'run_optimizers', 'run_schedule', 'restore', 'compressor_bits_per_byte',
+           'validation_text', 'describe', 'print_continuation', 'Run', 'one_line_errors', 'read_run_config',
+           'train_main', 'read_prompt', 'sample_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -24,13 +24,13 @@ from .config import (
 from .generate import Sampling, generate, stream_text
 from .gpt import GPT, GPTConfig, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
-from .optim import build_optimizers
+from .optim import build_optimizers, load_optimizer_state
 from .schedules import Schedule
-from .shards import build_corpus_shards, read_shard, shard_files
+from .shards import build_corpus_shards, read_shard, shard_files, shard_length
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
 from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, autocast, evaluate
 
-# %% ../nbs/23_real_run.ipynb #3
+# %% ../nbs/23_real_run.ipynb #8
 MODEL_CLASSES = {"gpt2": GPT}
 
 
@@ -51,7 +51,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError("device=mps needs an Apple GPU and torch sees none here: set device=cpu")
     return torch.device(name)
 
-# %% ../nbs/23_real_run.ipynb #4
+# %% ../nbs/23_real_run.ipynb #11
 def prepare_data(config: TrainConfig) -> None:
     "Build the corpus that the config names into the folder of its shards, unless it is there already."
     folder = Path(config.train_files).parent
@@ -72,7 +72,7 @@ def run_encoding(config: TrainConfig):
                           f"set vocab_size={encoding.n_vocab}")
     return encoding
 
-# %% ../nbs/23_real_run.ipynb #5
+# %% ../nbs/23_real_run.ipynb #16
 def build_model(model_type: str, values: dict, device: torch.device, attention: str = "auto", seed: int = 0) -> GPT:
     "The model that a config's or a checkpoint's values describe, on `device`."
     backend = choose_backend(attention, device)
@@ -87,7 +87,7 @@ def load_model(path, device: torch.device, max_seq_len: int | None = None):
     model.load_state_dict(saved["model"])
     return model.eval(), encoding_from_json(saved["encoding"])
 
-# %% ../nbs/23_real_run.ipynb #6
+# %% ../nbs/23_real_run.ipynb #17
 def run_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:
     "The optimizers that the config asks for."
     return build_optimizers(
@@ -105,18 +105,30 @@ def run_schedule(config: TrainConfig) -> Schedule:
         final_lr_frac=config.final_lr_frac, cooldown_shape=config.cooldown_shape, momentum_peak=config.muon_momentum,
         momentum_start=config.muon_momentum_start, momentum_warmup_steps=config.muon_momentum_warmup_steps)
 
-# %% ../nbs/23_real_run.ipynb #7
+# %% ../nbs/23_real_run.ipynb #19
 def restore(saved: dict, model: GPT, optimizers: list, only_weights: bool) -> Progress:
     "Put a checkpoint's content back; with `only_weights` the run begins anew, and only the tokens seen count on."
     model.load_state_dict(saved["model"])
     if only_weights:
         return Progress(tokens_seen=saved["tokens_seen"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
+        load_optimizer_state(optimizer, state)  # with this run's learning rates, not the checkpoint's
     set_random_state(saved["random_state"])
     return Progress(**{name: saved[name] for name in Progress.__dataclass_fields__})
 
-# %% ../nbs/23_real_run.ipynb #8
+# %% ../nbs/23_real_run.ipynb #21
+def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
+    "What general-purpose compressors need for the same text: a yardstick for the model's own bits per byte."
+    sizes = {"gzip -9": len(gzip.compress(data, 9)), "xz -9": len(lzma.compress(data, preset=9))}
+    return {name: 8 * size / len(data) for name, size in sizes.items()}
+
+
+def validation_text(files: list[Path], encoding, max_tokens: int) -> bytes:
+    "The text that validation scores, as bytes; 0 for `max_tokens` is all of it."
+    tokens = [t for file in files for t in read_shard(file).tolist()][:max_tokens or None]
+    return b"".join(encoding.decode_single_token_bytes(t) for t in tokens if t != encoding.eot_token)
+
+# %% ../nbs/23_real_run.ipynb #24
 def describe(config: TrainConfig, model: GPT, device: torch.device, compiled: bool, rows: int, accumulation: int) -> str:
     "What is about to run, in four lines."
     c, counts = model.config, count_parameters(model)
@@ -131,19 +143,18 @@ def describe(config: TrainConfig, model: GPT, device: torch.device, compiled: bo
         f"step ({accumulation} x {rows} rows), {config.num_iterations:,} steps",
     ])
 
-# %% ../nbs/23_real_run.ipynb #9
-def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
-    "What general-purpose compressors need for the same text: a yardstick for the model's own bits per byte."
-    sizes = {"gzip -9": len(gzip.compress(data, 9)), "xz -9": len(lzma.compress(data, preset=9))}
-    return {name: 8 * size / len(data) for name, size in sizes.items()}
+# %% ../nbs/23_real_run.ipynb #25
+def print_continuation(model: GPT, encoding, prompt: str, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
+    "Print `prompt` and, as it comes, what the model adds to it, until it ends the document."
+    print(prompt, end="", flush=True)
+    ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
+    device = model.embed.weight.device
+    with autocast(device):
+        for text in stream_text(encoding, generate(model, ids, max_tokens, sampling, seed, stop_id=encoding.eot_token)):
+            print(text, end="", flush=True)
+    print()
 
-
-def validation_text(files: list[Path], encoding, max_tokens: int) -> bytes:
-    "The text that validation scores, as bytes; 0 for `max_tokens` is all of it."
-    tokens = [t for file in files for t in read_shard(file).tolist()][:max_tokens or None]
-    return b"".join(encoding.decode_single_token_bytes(t) for t in tokens if t != encoding.eot_token)
-
-# %% ../nbs/23_real_run.ipynb #10
+# %% ../nbs/23_real_run.ipynb #26
 class Run:
     """One training run, wired together from its config: data, model, optimizers, schedule, trainer.
 
@@ -153,6 +164,8 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.config, self.device = config, choose_device(config.device)
         self.train_files, self.val_files = shard_files(config.train_files), shard_files(config.val_files)
+        for file in (*self.train_files, *self.val_files):
+            shard_length(file)  # a cut or foreign file is refused now, not at hour six
         self.encoding = run_encoding(config)
         self.eos_id = self.encoding.eot_token if config.eos_token_id is None else config.eos_token_id
         self.accumulation = accumulation_steps(config, world_size=1)
@@ -161,6 +174,7 @@ class Run:
         torch.manual_seed(config.seed)
         values = config_to_dict(config) | dict(eos_token_id=self.eos_id)
         self.model = build_model(config.model_type, values, self.device, config.attention, config.seed)
+        self.model.extend_rope(config.val_seq_len)
         self.compiled = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
         self.fast_model = torch.compile(self.model) if self.compiled else self.model
         self.optimizers = run_optimizers(config, self.model)
@@ -237,18 +251,7 @@ class Run:
         if config.save_checkpoint:
             print(f"checkpoint: {latest_checkpoint(self.directory)}")
 
-# %% ../nbs/23_real_run.ipynb #11
-def print_continuation(model: GPT, encoding, prompt: str, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
-    "Print `prompt` and, as it comes, what the model adds to it, until it ends the document."
-    print(prompt, end="", flush=True)
-    ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
-    device = model.embed.weight.device
-    with autocast(device):
-        for text in stream_text(encoding, generate(model, ids, max_tokens, sampling, seed, stop_id=encoding.eot_token)):
-            print(text, end="", flush=True)
-    print()
-
-# %% ../nbs/23_real_run.ipynb #12
+# %% ../nbs/23_real_run.ipynb #33
 def one_line_errors(program: str, body) -> int:
     "Run `body() -> exit code`; what a user can mend ends in one line on stderr and code 1, a signal in 128 + its number."
     try:
@@ -269,6 +272,14 @@ def one_line_errors(program: str, body) -> int:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
+# %% ../nbs/23_real_run.ipynb #34
+def read_run_config(path, overrides: list[str]) -> tuple[TrainConfig, dict[str, str]]:
+    "The run's config and where each key came from; the variable BEGIN_SHARD, which run.sh sets, counts as an override."
+    if "BEGIN_SHARD" in os.environ and not any("begin_shard=" in override for override in overrides):
+        overrides = [*overrides, f"begin_shard={os.environ['BEGIN_SHARD']}"]
+    read_saved = lambda checkpoint: load_checkpoint(checkpoint)["config"]
+    return load_config(path, overrides, read_saved), config_sources(path, overrides, read_saved)
+
 
 def train_main(argv: list[str] | None = None) -> int:
     "The command `daisy-train CONFIG_FILE [key=value ...]`; returns the exit code."
@@ -282,18 +293,14 @@ def train_main(argv: list[str] | None = None) -> int:
         return 2
 
     def body():
-        path, overrides = argv[0], argv[1:]
-        config = load_config(path, overrides, read_saved=lambda checkpoint: load_checkpoint(checkpoint)["config"])
-        sources = config_sources(path, overrides)
-        if "BEGIN_SHARD" in os.environ and sources["begin_shard"] != "command line":
-            config = load_config(path, [*overrides, f"begin_shard={os.environ['BEGIN_SHARD']}"])
+        config, sources = read_run_config(argv[0], argv[1:])
         if config.corpus is not None and sources["train_files"] == sources["val_files"] == "YAML":
             prepare_data(config)  # never where the user named the files: those are not to be made up
         Run(config).train()
         return 0
     return one_line_errors("train.py", body)
 
-# %% ../nbs/23_real_run.ipynb #13
+# %% ../nbs/23_real_run.ipynb #42
 DEFAULT_PROMPT = "What does textwrap.dedent do?"
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 
@@ -301,7 +308,7 @@ TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 def _sample_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sample.py", description="Continue a text with a trained model.")
     parser.add_argument("checkpoint", nargs="?", help="checkpoint file; without it the latest in checkpoints/")
-    parser.add_argument("--prompt", help=f"the instruction, or the text to continue; default {DEFAULT_PROMPT!r}")
+    parser.add_argument("--prompt", help=f"the instruction, or the text to continue; default: standard input, or {DEFAULT_PROMPT!r}")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the instruction template")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--max_tokens", type=int, default=200, help="most tokens to add")
@@ -312,6 +319,16 @@ def _sample_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="the same seed writes the same text")
     parser.add_argument("--max_seq_len", type=int, help="tokens that the model looks back; default as trained")
     return parser
+
+
+def read_prompt(prompt: str | None, raw: bool) -> str:
+    "The prompt given, or what is piped in, or the default; put into the instruction template unless `raw`."
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").rstrip("\n") or None
+    prompt = DEFAULT_PROMPT if prompt is None else prompt
+    if not raw and not prompt.strip():
+        raise ValueError("the prompt is empty: give an instruction, or --raw to let the model begin a text of its own")
+    return prompt if raw else TEMPLATE.format(prompt=prompt)
 
 
 def sample_main(argv: list[str] | None = None) -> int:
@@ -330,7 +347,6 @@ def sample_main(argv: list[str] | None = None) -> int:
         if path is None:
             raise ValueError("no checkpoint in checkpoints/: train one with ./run.sh config/tiny.yml, or name a file")
         model, encoding = load_model(path, choose_device(args.device), args.max_seq_len)
-        prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
-        print_continuation(model, encoding, prompt if args.raw else TEMPLATE.format(prompt=prompt), args.max_tokens, sampling, args.seed)
+        print_continuation(model, encoding, read_prompt(args.prompt, args.raw), args.max_tokens, sampling, args.seed)
         return 0
     return one_line_errors("sample.py", body)

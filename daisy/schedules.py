@@ -73,7 +73,7 @@ class Schedule:
         "Part of the full window in use: `window_stages` equal stairs, so that few shapes have to be compiled."
         if self.window_start is None: return 1.0
         stairs, grow_steps = self.window_stages - 1, self.window_warmup_frac * self.total_iters
-        stair = min(stairs, int(stairs * step / grow_steps)) if grow_steps else stairs
+        stair = int(stairs * step / grow_steps) if step < grow_steps else stairs
         return self.window_start + (1 - self.window_start) * stair / stairs
 
 # %% ../nbs/13_schedules.ipynb #23

@@ -29,14 +29,14 @@ from .loader import IGNORE, Batch
 from .schedules import Schedule, set_hyperparameters
 from .tokens import bits_per_byte
 
-# %% ../nbs/16_trainer.ipynb #3
+# %% ../nbs/16_trainer.ipynb #14
 def autocast(device: torch.device):
     "bf16 arithmetic where the device is fast at it, float32 elsewhere."
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
 
-# %% ../nbs/16_trainer.ipynb #4
+# %% ../nbs/16_trainer.ipynb #15
 @dataclass(frozen=True)
 class Evaluation:
     "Mean loss in nats a token, bits a byte (None where bytes aren't known), and the tokens that it was measured on."
@@ -68,7 +68,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, t
     nats = sum(loss.item() * int(count) for loss, count in zip(losses, counts) if count)
     return Evaluation(nats / tokens, bits_per_byte(nats, num_bytes) if num_bytes else None, tokens)
 
-# %% ../nbs/16_trainer.ipynb #5
+# %% ../nbs/16_trainer.ipynb #19
 PEAK_BF16_FLOPS = {  # dense bf16 operations a second, from the makers' data sheets; the first words found in a GPU's name count
     "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
     "H100": 989e12, "H20": 148e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
@@ -87,7 +87,7 @@ def peak_flops(device: torch.device) -> float | None:
     "Floating-point operations a second that this GPU could do in bf16, or None where that isn't known."
     return _peak_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-# %% ../nbs/16_trainer.ipynb #6
+# %% ../nbs/16_trainer.ipynb #25
 def read_metrics(path) -> list[dict]:
     "The rows of a metrics log, without a line that a kill has cut short."
     rows = []
@@ -117,7 +117,7 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-# %% ../nbs/16_trainer.ipynb #7
+# %% ../nbs/16_trainer.ipynb #30
 class TrainingStopped(Exception):
     "A signal asked the run to stop; it stopped after a whole step, with a checkpoint. `exit_code` is 128 + the signal."
 
@@ -153,7 +153,7 @@ def catch_signals(signals=(signal.SIGINT, signal.SIGTERM)):
     finally:
         restore()
 
-# %% ../nbs/16_trainer.ipynb #8
+# %% ../nbs/16_trainer.ipynb #35
 class _Lines:
     "What a bar draws over and over in one line, as lines of their own: for a log."
 
@@ -173,7 +173,7 @@ def progress_bar(start_step: int, num_iterations: int) -> tqdm:
                    bar_format="step {n_fmt} of {total_fmt}{postfix}, {elapsed} gone, {remaining} left")
     return tqdm(initial=start_step, total=num_iterations, unit="step", **how)
 
-# %% ../nbs/16_trainer.ipynb #9
+# %% ../nbs/16_trainer.ipynb #36
 class BadLoss(ValueError):
     "The loss is no longer a number; the message names the step, where its tokens came from, and the last good checkpoint."
 
@@ -202,7 +202,7 @@ class _Unread:
     tokens_seen: int
     source: str
 
-# %% ../nbs/16_trainer.ipynb #10
+# %% ../nbs/16_trainer.ipynb #38
 class Trainer:
     """The loop: batch, accumulate, step, report, validate, snapshot.
 
