@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'use_style', 'check', 'is_skipped', 'readable_outputs', 'run_lesson', 'main']
 
-# %% ../nbs/00_tour.ipynb #2
+# %% ../nbs/00_tour.ipynb #18
 import argparse
 import re
 import subprocess
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-# %% ../nbs/00_tour.ipynb #4
+# %% ../nbs/00_tour.ipynb #20
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")  # Okabe-Ito
 
 
@@ -28,7 +28,7 @@ def use_style():
         "lines.linewidth": 1.8, "svg.hashsalt": "daisy",
     })
 
-# %% ../nbs/00_tour.ipynb #9
+# %% ../nbs/00_tour.ipynb #25
 def _reason(error: Exception) -> str:
     "One line on why a test failed: the error's own words, or else the assertion that broke."
     words = str(error).strip().splitlines()
@@ -48,7 +48,7 @@ def check(answer, test, must_pass: bool = False):
     else:
         print("yes")
 
-# %% ../nbs/00_tour.ipynb #13
+# %% ../nbs/00_tour.ipynb #29
 def is_skipped(cell, flags: set[str]) -> bool:
     "Whether nbdev_test would skip this cell of an `NBProcessor`'s notebook."
     exports = "nbdev_export" + "("  # in two parts, or this very cell would be skipped
@@ -71,7 +71,7 @@ def readable_outputs(outputs: list, seen: set[str]) -> list:
         kept.append(output)
     return kept
 
-# %% ../nbs/00_tour.ipynb #17
+# %% ../nbs/00_tour.ipynb #33
 def run_lesson(path) -> str | None:
     """Execute the lesson at `path` and store its outputs in it, cleaned; returns None, or the failing cell and its error.
 

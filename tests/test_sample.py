@@ -242,20 +242,16 @@ def test_standard_input_that_is_not_utf8(run_dir):
 
 # ---- still to come in sample_main: remove the mark when it does
 
-wanted = pytest.mark.xfail(strict=True, reason="sample_main doesn't do this yet")
 
 
-@wanted
 def test_a_device_that_is_no_device(sample):
     assert refused(sample("--device", "toaster"), "toaster")
 
 
-@wanted
 def test_more_tokens_than_memory_holds(sample):
     assert refused(sample("--max_tokens", 10**15), "max_tokens")
 
 
-@wanted
 def test_a_refused_seed_prints_no_prompt(sample):
     code, out, _ = sample("--seed", -1)
     assert code == 1 and out == ""
