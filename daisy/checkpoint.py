@@ -21,7 +21,7 @@ import torch
 
 from .config import DEFAULTS, FREE_KEYS
 
-# %% ../nbs/15_checkpoint.ipynb #9
+# %% ../nbs/15_checkpoint.ipynb #11
 FORMAT, VERSION = "daisy", 1
 
 
@@ -58,7 +58,7 @@ def _sync_directory(directory: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
-# %% ../nbs/15_checkpoint.ipynb #18
+# %% ../nbs/15_checkpoint.ipynb #21
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.Size)
 
 
@@ -73,7 +73,7 @@ def _refuse_objects(value, where: str = "payload"):
     elif type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{where} is a {type(value).__name__}; a checkpoint holds only tensors, numbers, text, lists and dicts: convert it")
 
-# %% ../nbs/15_checkpoint.ipynb #21
+# %% ../nbs/15_checkpoint.ipynb #24
 def _state_files(directory: Path) -> list[Path]:
     "All whole checkpoints in the folder, the last written last."
     named = [(int(match[1]), path) for path in directory.glob("state_step_*.pt")
@@ -96,7 +96,7 @@ def save_checkpoint(directory, step: int, payload: dict, keep: int = 2) -> Path:
     for old in [*others[:max(0, len(others) - (keep - 1))], *torn]: old.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/15_checkpoint.ipynb #22
+# %% ../nbs/15_checkpoint.ipynb #25
 def latest_checkpoint(directory) -> Path | None:
     "The newest whole checkpoint in the folder, or None."
     directory = Path(directory)
@@ -105,7 +105,7 @@ def latest_checkpoint(directory) -> Path | None:
     files = _state_files(directory)
     return path if path in files else files[-1] if files else None
 
-# %% ../nbs/15_checkpoint.ipynb #31
+# %% ../nbs/15_checkpoint.ipynb #34
 def _damage(path: Path) -> str | None:
     "Why `path` can't be a checkpoint, from its bytes alone; None if every byte is as it was written."
     if path.is_dir(): return "it is a folder"
@@ -122,7 +122,7 @@ def _damage(path: Path) -> str | None:
         return "it is a damaged zip archive"
     return f"its part {bad} doesn't match its checksum" if bad else None
 
-# %% ../nbs/15_checkpoint.ipynb #34
+# %% ../nbs/15_checkpoint.ipynb #37
 def _unpickled(path: Path, map_location):
     "What torch finds in the file, without running any code in it; CheckpointError gives the reason if it finds none."
     try:
@@ -159,7 +159,7 @@ def load_checkpoint(path, map_location="cpu") -> dict:
     way_out = f"try {others[-1]}" if others else "name a state_step_N.pt that daisy saved"
     raise CheckpointError(f"{path} is not a usable checkpoint: {reason}; {way_out}")
 
-# %% ../nbs/15_checkpoint.ipynb #39
+# %% ../nbs/15_checkpoint.ipynb #42
 def random_state() -> dict:
     "The state of every random generator in this process: Python's, numpy's, torch's on the CPU and on this process's GPU."
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -178,7 +178,7 @@ def set_random_state(state: dict):
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"].cpu())
 
-# %% ../nbs/15_checkpoint.ipynb #48
+# %% ../nbs/15_checkpoint.ipynb #54
 RUN_FILES = ("latest", "state_step_*.pt", "metrics.jsonl", "events.out.tfevents.*", "run.json")  # run.json leaves last
 
 
@@ -215,7 +215,7 @@ def _archive(directory: Path):
     for pattern in RUN_FILES:
         for path in directory.glob(pattern): os.replace(path, archive / path.name)
 
-# %% ../nbs/15_checkpoint.ipynb #49
+# %% ../nbs/15_checkpoint.ipynb #56
 def open_run(directory, run_config: dict, resume: str = "auto") -> Path | None:
     """The checkpoint that a run of this config goes on from in `directory`, or None if it starts afresh; call on one rank.
 

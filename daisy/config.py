@@ -17,11 +17,11 @@ from typing import get_args
 
 import yaml
 
-# %% ../nbs/14_config.ipynb #16
+# %% ../nbs/14_config.ipynb #18
 class ConfigError(ValueError):
     "A config that can't be run: one line with the value, the rule and the way out."
 
-# %% ../nbs/14_config.ipynb #18
+# %% ../nbs/14_config.ipynb #20
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text (in quotes)"}
 _EXAMPLES = {int: 100, float: 0.1, bool: "true", str: "'text'"}
@@ -43,7 +43,7 @@ def _typed(kind: type, value):
     if number != int(number): raise ValueError
     return int(value) if re.fullmatch(r"[-+]?\d+", str(value)) else int(number)  # 6e3 and 6_000 are whole too
 
-# %% ../nbs/14_config.ipynb #21
+# %% ../nbs/14_config.ipynb #23
 def _is_within(number: float, interval: str) -> bool:
     "Whether `number` lies in an interval written as mathematicians do: '[0, 1)' holds 0 and not 1."
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -56,7 +56,7 @@ def _interval_words(interval: str) -> str:
     if high != "inf": words.append(f"{'at most' if interval[-1] == ']' else 'below'} {high}")
     return " and ".join(words)
 
-# %% ../nbs/14_config.ipynb #24
+# %% ../nbs/14_config.ipynb #26
 def _nearest(name: str, names) -> str:
     "'; did you mean X?': the names that have `name` as a word, else the nearest in spelling; nothing where nothing is near."
     word = str(name).lower()
@@ -74,7 +74,7 @@ def _shown(value) -> str:
     if value is None or isinstance(value, bool): return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value) or '""'
 
-# %% ../nbs/14_config.ipynb #27
+# %% ../nbs/14_config.ipynb #29
 def _checked(key: Field, value):
     "`value` in the type of `key` and within its rules; ConfigError says which rule and what would do."
     kinds, rules = get_args(key.type) or (key.type,), key.metadata
@@ -92,7 +92,7 @@ def _checked(key: Field, value):
         raise ConfigError(f"{key.name} = {value} must be {_interval_words(rules['within'])}{_default_hint(key)}")
     return typed
 
-# %% ../nbs/14_config.ipynb #29
+# %% ../nbs/14_config.ipynb #31
 def _key(section: str, help: str, default=MISSING, **rules) -> Field:
     """A config key: its section, its line of help, its default (none: required) and its rules.
 
@@ -107,7 +107,7 @@ _PATH = (".+", "a path")
 _data, _run, _model, _optimizer, _schedule = (
     partial(_key, section) for section in ("data", "run", "model", "optimizer", "schedule"))
 
-# %% ../nbs/14_config.ipynb #31
+# %% ../nbs/14_config.ipynb #35
 @dataclass(kw_only=True)
 class TrainConfig:
     """Everything that decides a run, typed and checked on construction; ConfigError otherwise.
@@ -195,7 +195,7 @@ class TrainConfig:
         self.schedule_total_iters = self.schedule_total_iters or self.num_iterations
         _check_together(self)
 
-# %% ../nbs/14_config.ipynb #33
+# %% ../nbs/14_config.ipynb #37
 def _check_together(config: TrainConfig):
     "The rules that join several keys."
     if config.num_heads % config.num_kv_heads:
@@ -211,7 +211,7 @@ def _check_together(config: TrainConfig):
         raise ConfigError(f"window_short = {config.window_short}{'' if config.window_short else ' (no limit)'} must not see further "
                           f"than window_long = {config.window_long}; set window_short={config.window_long} or less")
 
-# %% ../nbs/14_config.ipynb #38
+# %% ../nbs/14_config.ipynb #42
 def _micro_batches(batch: int, world_size: int, at_once: int) -> int | None:
     "Pieces that each rank cuts its share of `batch` into, none above `at_once`; None if that doesn't come out even."
     share, rest = divmod(batch, world_size)
@@ -235,7 +235,7 @@ def accumulation_steps(config: TrainConfig, world_size: int) -> int:
     raise ConfigError(f"global_batch_size = {batch} is not a multiple of {ranks} × device_batch_size = {at_once}; "
                       f"{nearest} is the nearest that works, or keep it with device_batch_size={smaller}")
 
-# %% ../nbs/14_config.ipynb #45
+# %% ../nbs/14_config.ipynb #49
 KEYS = {key.name: key for key in fields(TrainConfig)}
 DEFAULTS = {key.name: key.default for key in KEYS.values() if key.default is not MISSING}
 FREE_KEYS = tuple(key.name for key in KEYS.values() if key.metadata.get("free"))
@@ -249,7 +249,7 @@ def _find_key(name: str) -> Field:
         raise ConfigError(f"unknown key {name}{_nearest(name, [*KEYS, *_ALIASES]) or '; --help lists all keys'}")
     return KEYS[name]
 
-# %% ../nbs/14_config.ipynb #48
+# %% ../nbs/14_config.ipynb #52
 def read_yaml(path) -> dict:
     """The keys that a flat YAML file sets, typed and checked; ConfigError names file, line and rule.
 
@@ -279,7 +279,7 @@ def read_yaml(path) -> dict:
             raise ConfigError(f"{path}:{name_node.start_mark.line + 1}: {error}") from None
     return values
 
-# %% ../nbs/14_config.ipynb #53
+# %% ../nbs/14_config.ipynb #57
 def parse_overrides(arguments: list[str]) -> dict:
     "`key=value`, `--key=value`, and bare `--key` for true, as typed and checked values; the last one of a key wins."
     values = {}
@@ -291,7 +291,7 @@ def parse_overrides(arguments: list[str]) -> dict:
         values[key.name] = _checked(key, text if equals else "true")
     return values
 
-# %% ../nbs/14_config.ipynb #56
+# %% ../nbs/14_config.ipynb #60
 def _layers(path, overrides: list[str], read_saved: Callable[[str], dict] | None) -> dict[str, dict]:
     "What each source says, weakest first."
     from_yaml, from_command_line = read_yaml(path), parse_overrides(overrides)
@@ -320,7 +320,7 @@ def load_config(path, overrides: list[str] = (), read_saved: Callable[[str], dic
                               f"which have {name} = {_shown(saved)}; leave {name} out")
     return config
 
-# %% ../nbs/14_config.ipynb #58
+# %% ../nbs/14_config.ipynb #62
 def config_to_dict(config: TrainConfig) -> dict:
     "Plain values for logs and checkpoints."
     return asdict(config)
@@ -333,12 +333,12 @@ def config_from_dict(saved: dict) -> TrainConfig:
     if missing: raise ConfigError(f"the saved config lacks {', '.join(missing)}; it isn't a training config")
     return TrainConfig(**saved)
 
-# %% ../nbs/14_config.ipynb #65
+# %% ../nbs/14_config.ipynb #70
 def config_sources(path, overrides: list[str] = (), read_saved: Callable[[str], dict] | None = None) -> dict[str, str]:
     "For each key, which layer decided it: 'default', 'checkpoint', 'YAML' or 'command line'."
     return {name: source for source, layer in _layers(path, overrides, read_saved).items() for name in layer}
 
-# %% ../nbs/14_config.ipynb #73
+# %% ../nbs/14_config.ipynb #78
 def config_help() -> str:
     "Every key with its type, default and meaning, by section."
     lines, section = [], None

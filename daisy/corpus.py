@@ -29,7 +29,7 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class Document:
-    "A text that belongs together: the unit that is deduplicated, split and kept whole in training rows."
+    "A text that belongs together: the unit that is deduplicated and split, and that training rows keep together."
     name: str
     text: str
 
@@ -60,7 +60,7 @@ def _heading(node, qualified):
     word = "async " if isinstance(node, ast.AsyncFunctionDef) else ""
     return f"{word}{qualified}({_parameters(node.args)})"
 
-
+# %% ../nbs/01_corpus.ipynb #18
 def _definitions(body, prefix):
     "Every public class and function in `body`, in source order, as (node, qualified name)."
     for node in body:
@@ -73,7 +73,7 @@ def _definitions(body, prefix):
             yield from _definitions(node.body, prefix)
             yield from _definitions(node.orelse, prefix)
 
-
+# %% ../nbs/01_corpus.ipynb #20
 def source_entries(source, module) -> list[tuple[str, str]]:
     "(heading, docstring) of a module and of all it defines, read from its source; nothing of it is run."
     tree = ast.parse(source)
@@ -81,7 +81,7 @@ def source_entries(source, module) -> list[tuple[str, str]]:
     entries += [(_heading(node, name), ast.get_docstring(node)) for node, name in _definitions(tree.body, module)]
     return [(heading, doc) for heading, doc in entries if doc and doc.strip()]
 
-# %% ../nbs/01_corpus.ipynb #20
+# %% ../nbs/01_corpus.ipynb #24
 # What IPython and Jupyter put in place of Python's own: left out, so that a notebook reads what a terminal reads.
 SHELL_HOOKS = frozenset("breakpointhook displayhook excepthook input unraisablehook".split())
 
@@ -111,14 +111,14 @@ def object_entries(module, public) -> list[tuple[str, str]]:
             entries.append((f"{prefix}{name}{_call(thing)}", inspect.getdoc(thing)))
     return [(heading, doc) for heading, doc in entries if doc and doc.strip()]
 
-# %% ../nbs/01_corpus.ipynb #27
+# %% ../nbs/01_corpus.ipynb #31
 def split_of(text: str, val_fraction: float, seed: int = 0) -> str:
     "`train` or `val`, decided by the text and the seed alone; `val_fraction` of all texts, nearly, go to `val`."
     if not 0 <= val_fraction < 1: raise CorpusError(f"val_fraction={val_fraction} must be at least 0 and below 1")
     digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8")).digest()
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
-# %% ../nbs/01_corpus.ipynb #30
+# %% ../nbs/01_corpus.ipynb #34
 def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
     "Each text once, at its first place; exact, by SHA-256, with 32 bytes of memory a document and a set's overhead."
     seen = set()
@@ -128,13 +128,28 @@ def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
             seen.add(key)
             yield document
 
-# %% ../nbs/01_corpus.ipynb #33
+# %% ../nbs/01_corpus.ipynb #38
 def paragraphs(text) -> list[str]:
     "Paragraphs of more than 40 characters, with all white space made one space: what near-copies have in common."
     joined = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
     return [paragraph for paragraph in joined if len(paragraph) > 40]
 
-# %% ../nbs/01_corpus.ipynb #36
+# %% ../nbs/01_corpus.ipynb #41
+def _topics():
+    "The language reference that `help('with')` prints, less the topics that a longer one holds."
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return
+    kept, known = [], set()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        parts = paragraphs(topics[name])
+        if sum(part in known for part in parts) < max(1, len(parts) / 2): kept.append(name)
+        known.update(parts)
+    for name in sorted(kept):
+        yield Document(f"topic {name}", topics[name].strip() + "\n")
+
+# %% ../nbs/01_corpus.ipynb #43
 # Folders that hold tests, generated tables, other people's packages, or tools that Python has dropped.
 SKIPPED_FOLDERS = frozenset("test tests idlelib lib2to3 site-packages dist-packages turtledemo pydoc_data distutils "
                             "ensurepip encodings __pycache__ __phello__".split())
@@ -153,22 +168,7 @@ C_MODULES = (("builtins", "builtins"), ("array", "array"), ("binascii", "binasci
              ("_thread", "threading"), ("time", "time"), ("unicodedata", "unicodedata"), ("_weakref", "weakref"),
              ("zlib", "zlib"))
 
-
-def _topics():
-    "The language reference that `help('with')` prints, less the topics that a longer one holds."
-    try:
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        return
-    kept, known = [], set()
-    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        parts = paragraphs(topics[name])
-        if sum(part in known for part in parts) < max(1, len(parts) / 2): kept.append(name)
-        known.update(parts)
-    for name in sorted(kept):
-        yield Document(f"topic {name}", topics[name].strip() + "\n")
-
-
+# %% ../nbs/01_corpus.ipynb #44
 def _library_entries():
     "(document name, entries) of each module of the standard library, sorted by its path, then the C modules."
     library = Path(sysconfig.get_path("stdlib"))
@@ -185,7 +185,7 @@ def _library_entries():
         except ImportError:  # not on this platform
             continue
 
-
+# %% ../nbs/01_corpus.ipynb #46
 def python_docs() -> Iterator[Document]:
     """The documentation inside every Python: one document a `help()` topic and one a standard module.
 
@@ -198,7 +198,7 @@ def python_docs() -> Iterator[Document]:
         fresh = [_entry(heading, doc) for heading, doc in entries if not (doc in seen or seen.add(doc))]
         if fresh: yield Document(f"module {module}", "\n\n".join(fresh) + "\n")
 
-# %% ../nbs/01_corpus.ipynb #47
+# %% ../nbs/01_corpus.ipynb #61
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")  # .jsonl and text may also end in .gz or .zst
 
@@ -242,7 +242,7 @@ def _lines(path):
     except OSError as error:
         raise CorpusError(f"{path}: {error.strerror or error}; make it readable or leave it out") from None
 
-# %% ../nbs/01_corpus.ipynb #48
+# %% ../nbs/01_corpus.ipynb #63
 def _files(source, suffixes):
     "The files that a path, a folder or a glob names, sorted; in folders those with `suffixes`, and no hidden ones."
     path = Path(source)
@@ -260,7 +260,7 @@ def _files(source, suffixes):
         raise CorpusError(f"{source}: no such file; check the path from the folder {Path.cwd()}")
     return sorted(files)
 
-
+# %% ../nbs/01_corpus.ipynb #64
 def read_text_files(path) -> Iterator[Document]:
     """One document a file: `path` is a text file, a folder or a glob; .gz and .zst are read as they come.
 
@@ -276,7 +276,7 @@ def read_text_files(path) -> Iterator[Document]:
         text = text.removeprefix("\ufeff")  # the byte order mark that some editors write
         if text.strip(): yield Document(str(file), text)
 
-# %% ../nbs/01_corpus.ipynb #52
+# %% ../nbs/01_corpus.ipynb #71
 def _text_of_line(line, column):
     "The text in one line of JSON; a ValueError says what is wrong with it."
     try:
@@ -295,7 +295,7 @@ def _text_of_line(line, column):
         raise ValueError("half a surrogate pair, which is no Unicode text") from None
     return text
 
-
+# %% ../nbs/01_corpus.ipynb #72
 def read_jsonl(path, column="text", max_bad=0) -> Iterator[Document]:
     """One document a line of JSON, its text under `column`; empty lines are skipped; .gz and .zst work as they are.
 
@@ -316,7 +316,7 @@ def read_jsonl(path, column="text", max_bad=0) -> Iterator[Document]:
             if text.strip(): yield Document(f"{file}:{number}", text)
         if bad: warnings.warn(f"{file}: {len(bad)} bad lines skipped, the first is {bad[0]}", stacklevel=2)
 
-# %% ../nbs/01_corpus.ipynb #55
+# %% ../nbs/01_corpus.ipynb #78
 def _check_column(path, column, names):
     "Refuse a Parquet file without the column."
     if column not in names: raise CorpusError(f"{path}: no column {column!r}; it has {', '.join(names) or 'none'}")
@@ -347,7 +347,7 @@ def read_parquet(path, column="text") -> Iterator[Document]:
             reason = str(error).splitlines()[0]
             raise CorpusError(f"{file}: {reason}; check the path, or fetch the file again") from None
 
-# %% ../nbs/01_corpus.ipynb #60
+# %% ../nbs/01_corpus.ipynb #85
 def _read_any(files, column, max_bad):
     "The documents of each file, read by its suffix; whatever has no known suffix is text."
     for file in files:

@@ -24,7 +24,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     top = logits.topk(min(k, logits.size(-1)))
     return torch.full_like(logits, -math.inf).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/17_generate.ipynb #33
+# %% ../nbs/17_generate.ipynb #35
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     "Keep the likeliest tokens until their probabilities reach p, the one that crosses it included (Holtzman et al. 2020)."
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)  # among equals the lower id first
@@ -32,13 +32,13 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     before = F.pad(reached[..., :-1], (1, 0))  # the mass of all likelier tokens: 0 for the first, so one always stays
     return logits.scatter(-1, order, ranked.masked_fill(before >= p, -math.inf))
 
-# %% ../nbs/17_generate.ipynb #38
+# %% ../nbs/17_generate.ipynb #40
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     "Make the tokens `seen` (B, T) less likely in logits (B, V): positive logits shrink, negative ones grow (Keskar et al. 2019)."
     at = logits.gather(-1, seen)
     return logits.scatter(-1, seen, torch.where(at > 0, at / penalty, at * penalty))
 
-# %% ../nbs/17_generate.ipynb #41
+# %% ../nbs/17_generate.ipynb #43
 @dataclass(frozen=True)
 class Sampling:
     """How to choose a token. temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all tokens in.
@@ -60,7 +60,7 @@ class Sampling:
         if not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(f"repetition_penalty {self.repetition_penalty} must be from 0.01 to 100: 1 is off, 1.2 repeats less")
 
-# %% ../nbs/17_generate.ipynb #44
+# %% ../nbs/17_generate.ipynb #46
 def next_token_probs(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
     """The distribution (B, V) that a token is drawn from: penalty on `seen` (B, T), temperature, top-k, top-p.
 
@@ -80,7 +80,7 @@ def next_token_probs(logits: Tensor, sampling: Sampling, seen: Tensor | None = N
         logits = keep_top_p(logits, sampling.top_p)
     return logits.softmax(dim=-1)
 
-# %% ../nbs/17_generate.ipynb #50
+# %% ../nbs/17_generate.ipynb #53
 def decode_one_token(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
     "Read one more token (B, 1) and return the logits (B, V) for what comes next."
     return model(token, cache=cache)[:, -1]
@@ -92,7 +92,7 @@ def prefill(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
         model.hidden(tokens[:, :-1], cache)  # no logits: nobody asks for them, and in float32 they are large
     return decode_one_token(model, tokens[:, -1:], cache)
 
-# %% ../nbs/17_generate.ipynb #59
+# %% ../nbs/17_generate.ipynb #62
 def _random_generator(device: torch.device, seed: int | None) -> torch.Generator:
     "Random numbers for `device`: the same for the same seed, fresh ones for None."
     generator = torch.Generator(device)
@@ -138,7 +138,7 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, sampling: Sampling 
         yield token.item()
         tokens = torch.cat([tokens, token], dim=1)
 
-# %% ../nbs/17_generate.ipynb #73
+# %% ../nbs/17_generate.ipynb #80
 def _token_bytes(encoding, token: int) -> bytes:
     "The bytes of a token; an id that the encoding hasn't, from a vocabulary with room to spare, is a replacement sign."
     try:

@@ -100,7 +100,7 @@ def block_mask(spec, doc_ids_BT=None, seq_len=None, device=None):
 def _counts_and_indices(blocks):
     "A boolean map (B, nb, nb) as flex_attention wants it: how many blocks each row has (B, 1, nb), then which come first."
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
+    return blocks.sum(dim=-1, dtype=torch.int32)[:, None].contiguous(), order.int()[:, None].contiguous()
 
 # %% ../nbs/06_masks.ipynb #57
 def flex_block_mask(spec, doc_ids_BT=None, seq_len=None, device=None):

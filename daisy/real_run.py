@@ -178,7 +178,7 @@ class Run:
         self.model = build_model(config.model_type, values, self.device, config.attention, config.seed)
         self.model.extend_rope(config.val_seq_len)
         self.compiled = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
-        self.fast_model = torch.compile(self.model) if self.compiled else self.model
+        self.fast_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.optimizers = run_optimizers(config, self.model)
         self.token_bytes = torch.from_numpy(token_byte_lengths(self.encoding))
 
@@ -220,7 +220,7 @@ class Run:
             num_iterations=config.num_iterations, val_loss_every=config.val_loss_every,
             val_snapshot_every=config.val_snapshot_every, snapshot_skip=config.snapshot_skip,
             save_checkpoint=config.save_checkpoint, log_every=config.log_every, grad_clip=config.grad_clip,
-            flops_per_token=flops_per_token(self.model, config.max_seq_len))
+            flops_per_token=flops_per_token(self.model, config.max_seq_len), last_checkpoint=latest_checkpoint(self.directory))
 
     def validate(self):
         "Loss and bits per byte on the validation shards, with no more tokens at a time than in training."

@@ -29,7 +29,7 @@ def rope_tables(max_seq_len, head_dim, base=10_000.0, rotary_fraction=1.0, devic
     angle = torch.outer(position, frequency)  # (max_seq_len, hd/2)
     return angle.cos().float(), angle.sin().float()
 
-# %% ../nbs/05_rope.ipynb #31
+# %% ../nbs/05_rope.ipynb #33
 def apply_rope(x_BTHd, cos, sin):
     """Rotate each pair (i, i + hd/2) of `x_BTHd` by its position's angles; the shape and dtype are those of the input.
 

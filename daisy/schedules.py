@@ -7,7 +7,7 @@ __all__ = ['COOLDOWN_SHAPES', 'Schedule', 'set_hyperparameters']
 import math
 from dataclasses import dataclass
 
-# %% ../nbs/13_schedules.ipynb #12
+# %% ../nbs/13_schedules.ipynb #16
 # Every shape falls from 1 at x = 0, where the cooldown begins, to 0 at x = 1, where the run ends.
 COOLDOWN_SHAPES = {
     "linear": lambda x: 1 - x,
@@ -15,7 +15,7 @@ COOLDOWN_SHAPES = {
     "1-sqrt": lambda x: 1 - math.sqrt(x),                       # Hägele et al., 2024
 }
 
-# %% ../nbs/13_schedules.ipynb #14
+# %% ../nbs/13_schedules.ipynb #20
 @dataclass(frozen=True)
 class Schedule:
     """What changes during a run of `total_iters` steps, each a pure function of the step (0 is the first).
@@ -54,7 +54,7 @@ class Schedule:
         warmup = (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0
         cooldown_steps = self.cooldown_frac * self.total_iters
         done = step - (self.total_iters - cooldown_steps)       # steps since the cooldown began
-        if done <= 0: return warmup
+        if done <= 0 or not cooldown_steps: return warmup
         fall = COOLDOWN_SHAPES[self.cooldown_shape](min(1.0, done / cooldown_steps))
         return min(warmup, self.final_lr_frac + (1 - self.final_lr_frac) * fall)
 
@@ -76,7 +76,7 @@ class Schedule:
         stair = int(stairs * step / grow_steps) if step < grow_steps else stairs
         return self.window_start + (1 - self.window_start) * stair / stairs
 
-# %% ../nbs/13_schedules.ipynb #23
+# %% ../nbs/13_schedules.ipynb #31
 def set_hyperparameters(optimizers, schedule, step):
     "Write the learning rate, weight decay and momentum of `step` (0 is the first) into every group of `optimizers`."
     for optimizer in optimizers:

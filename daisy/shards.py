@@ -126,7 +126,7 @@ def read_shard(path, vocab_size=None) -> np.memmap:
                          f"{vocab_size:,}; use the encoding that the shard was built with")
     return tokens
 
-# %% ../nbs/03_shards.ipynb #37
+# %% ../nbs/03_shards.ipynb #41
 def shard_files(pattern) -> list[Path]:
     "The files that the glob `pattern` matches, in natural order (9 before 10); `ShardError` if there are none."
     files = [Path(name) for name in glob.glob(os.path.expanduser(str(pattern))) if os.path.isfile(name)]
@@ -136,14 +136,14 @@ def shard_files(pattern) -> list[Path]:
     return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part
                                            for part in re.split(r"(\d+)", str(file))])
 
-# %% ../nbs/03_shards.ipynb #40
+# %% ../nbs/03_shards.ipynb #44
 def document_starts(tokens, eos_id, chunk_tokens=1 << 22) -> np.ndarray:
     "Offsets (int64) of the documents in `tokens`: where END_OF_TEXT (`eos_id`) stands."
     found = [np.flatnonzero(tokens[begin:begin + chunk_tokens] == eos_id) + begin
              for begin in range(0, len(tokens), chunk_tokens)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
-# %% ../nbs/03_shards.ipynb #45
+# %% ../nbs/03_shards.ipynb #49
 def _split_into_shards(encoded, shard_tokens):
     "Group token arrays into arrays of at most `shard_tokens`; only a document longer than a shard is cut."
     held, held_tokens = [], 0
@@ -159,19 +159,10 @@ def _split_into_shards(encoded, shard_tokens):
     if held_tokens:
         yield np.concatenate(held)
 
-# %% ../nbs/03_shards.ipynb #47
+# %% ../nbs/03_shards.ipynb #52
 def _content_order(text, seed):
     "A sort key that shuffles: it depends on the text and the seed, not on where the document was found."
     return hashlib.sha256(f"{seed}\n{text}".encode("utf-8")).digest()
-
-
-def _sha256(path):
-    "The sha256 of a file in hexadecimal, read a megabyte at a time."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _texts_by_split(documents, val_fraction, seed, source):
@@ -189,6 +180,15 @@ def _texts_by_split(documents, val_fraction, seed, source):
         texts[split].sort(key=lambda text: _content_order(text, seed))
     return texts
 
+# %% ../nbs/03_shards.ipynb #54
+def _sha256(path):
+    "The sha256 of a file in hexadecimal, read a megabyte at a time."
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
 
 def _write_split(split, texts, encoding, folder, shard_tokens, bar):
     "Encode `texts` into shards `split`_000.bin … of `folder`; returns name, tokens and sha256 of each."
@@ -204,7 +204,7 @@ def _write_split(split, texts, encoding, folder, shard_tokens, bar):
         files.append({"name": path.name, "tokens": len(tokens), "sha256": _sha256(path)})
     return files
 
-# %% ../nbs/03_shards.ipynb #49
+# %% ../nbs/03_shards.ipynb #56
 def _claim(out_dir):
     "Make `out_dir` with an empty `.building` inside; refuse a folder of shards that daisy didn't build."
     staging = out_dir / ".building"
@@ -229,7 +229,7 @@ def _install(staging, out_dir):
     for file in sorted(staging.iterdir(), key=lambda file: file.name == "manifest.json"):
         os.replace(file, out_dir / file.name)
 
-# %% ../nbs/03_shards.ipynb #50
+# %% ../nbs/03_shards.ipynb #57
 def build_shards(documents: Iterable[Document], encoding, out_dir, *, source="", shard_tokens=100_000_000,
                  val_fraction=0.05, seed=0, progress=True) -> dict:
     """Build `train_000.bin`, …, `val_000.bin`, … with `encoding.json` and `manifest.json` in `out_dir`.
@@ -272,7 +272,7 @@ def build_shards(documents: Iterable[Document], encoding, out_dir, *, source="",
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
-# %% ../nbs/03_shards.ipynb #61
+# %% ../nbs/03_shards.ipynb #72
 def build_corpus_shards(source, out_dir, vocab_size=4096, *, encoding=None, column="text", max_bad=0,
                         shard_tokens=100_000_000, val_fraction=0.05, seed=0, progress=True) -> dict:
     """Build shards of `source` (see `open_corpus`) with an encoding trained on its training split.
@@ -291,7 +291,7 @@ def build_corpus_shards(source, out_dir, vocab_size=4096, *, encoding=None, colu
     return build_shards(documents, chosen, out_dir, source=source, shard_tokens=shard_tokens,
                         val_fraction=val_fraction, seed=seed, progress=progress)
 
-# %% ../nbs/03_shards.ipynb #62
+# %% ../nbs/03_shards.ipynb #73
 def _parser():
     parser = argparse.ArgumentParser(
         prog="daisy-build-shards", description="Turn text into shards of tokens, with a validation split.")
@@ -307,7 +307,7 @@ def _parser():
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     return parser
 
-
+# %% ../nbs/03_shards.ipynb #74
 def main(argv=None) -> int:
     "The command `daisy-build-shards`: 0 if all went well, 1 for data it can't use, 2 for a wrong command line."
     try:

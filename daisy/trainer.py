@@ -197,7 +197,7 @@ class _Unread:
     "A step that has been handed to the device, and what is to be read of it when it is done."
     step: int
     values: Tensor  # loss and gradient norm, on their way to the CPU
-    arrived: torch.cuda.Event | None
+    done: "torch.cuda.Event | float"  # when they have arrived
     tokens: int
     tokens_seen: int
     source: str
@@ -231,7 +231,7 @@ class Trainer:
         with catch_signals() as caught, progress_bar(p.step, self.num_iterations) as self.bar:
             if p.step == 0:
                 self._validate()
-            self.clock = time.perf_counter()
+            self.clock = self._now()
             while p.step < self.num_iterations:
                 self._report(self.train_step())
                 if self._is_due(self.val_loss_every):
@@ -254,8 +254,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.inputs.numel() for batch in batches)
         p.step, p.tokens_seen, p.position = p.step + 1, p.tokens_seen + tokens, batches[-1].position
-        values, arrived = self._send(torch.stack([loss, norm]))
-        return _Unread(p.step, values, arrived, tokens, p.tokens_seen, f"{_place(before)} to {_place(p.position)}")
+        values = torch.stack([loss, norm]).to("cpu", non_blocking=self.device.type == "cuda")  # arrives when the step is done
+        return _Unread(p.step, values, self._now(), tokens, p.tokens_seen, f"{_place(before)} to {_place(p.position)}")
 
     def _accumulate(self, batches: list[Batch]) -> Tensor:
         "Add up the gradients of each batch's share in the mean over all targets; returns that mean."
@@ -276,13 +276,13 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         return norm
 
-    def _send(self, values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        "Start the way to the CPU, without waiting for the GPU to get this far; the event says when they have arrived."
+    def _now(self) -> "torch.cuda.Event | float":
+        "This moment of the device's work: on a GPU, when it has come to the end of all that was launched so far."
         if self.device.type != "cuda":
-            return values.cpu(), None
-        values, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
-        arrived.record()
-        return values, arrived
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _report(self, step: _Unread) -> None:
         self.unread.append(step)
@@ -293,13 +293,11 @@ class Trainer:
         "Log and show the steps that haven't been read yet, all but the last `but`; BadLoss if one isn't a number."
         while len(self.unread) > but:
             u = self.unread.popleft()
-            if u.arrived is not None:
-                u.arrived.synchronize()
+            seconds = _seconds_between(self.clock, u.done)
+            self.clock = u.done
             loss, grad_norm = u.values.tolist()
             for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
                 self._require_finite(value, name, u.step, f", on the tokens from {u.source}")
-            now = time.perf_counter()
-            seconds, self.clock = now - self.clock, now
             self.progress.train_seconds += seconds
             self._log_step(u, loss, grad_norm, u.tokens / seconds)
 
@@ -327,14 +325,14 @@ class Trainer:
         evaluation, p = self.validate(), self.progress
         self._require_finite(evaluation.loss, "validation loss", p.step)
         p.best_val_loss = min(p.best_val_loss, evaluation.loss)
-        self.clock = time.perf_counter()
         row = dict(step=p.step, val_loss=evaluation.loss, val_bpb=evaluation.bpb, val_tokens=evaluation.tokens,
-                   val_s=round(self.clock - started, 3), train_s=round(p.train_seconds, 3))
+                   val_s=round(time.perf_counter() - started, 3), train_s=round(p.train_seconds, 3))
         if self.device.type == "cuda":
             row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
         self.log(**row)
         bpb = f", {evaluation.bpb:.3f} bits per byte" if evaluation.bpb is not None else ""
         self.bar.write(f"step {p.step:>6}: validation loss {evaluation.loss:.4f}{bpb}, {p.train_seconds:.0f} s of training")
+        self.clock = self._now()
         return evaluation
 
     def _is_due(self, every: int) -> bool:
@@ -353,7 +351,15 @@ class Trainer:
         if self.save_checkpoint:
             self.last_checkpoint = self.snapshot(self.progress)
             self.saved_step = self.progress.step
-            self.clock = time.perf_counter()
+            self.clock = self._now()
+
+
+def _seconds_between(begin, end) -> float:
+    "Seconds between two of `Trainer._now`; waits for the second."
+    if isinstance(end, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def _place(position: dict | None) -> str:

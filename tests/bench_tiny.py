@@ -2,6 +2,7 @@
 
     python tests/bench_tiny.py                         # the default, on whatever this machine has
     python tests/bench_tiny.py --name adamw optimizer=adamw hidden_matrix_params_lr=0.003
+    python tests/bench_tiny.py --plot                  # only draw assets/tiny_loss.png from what is measured
 
 Nothing else should run meanwhile: it reports seconds. Shards and checkpoints go to a temporary folder.
 """
@@ -23,7 +24,7 @@ import torch
 
 from daisy.checkpoint import load_checkpoint
 from daisy.config import load_config
-from daisy.real_run import compressor_bits_per_byte, sample_main, validation_text
+from daisy.real_run import compressor_bits_per_byte, prepare_data, sample_main, validation_text
 from daisy.shards import shard_files
 from daisy.tokens import encoding_from_json
 
@@ -74,14 +75,38 @@ def samples(folder: Path, prompt: str) -> list[list]:
     return texts
 
 
+def plot():
+    "The first measured run as a picture for the README."
+    import matplotlib.pyplot as plt
+
+    from daisy.lesson import PALETTE, use_style
+
+    use_style()
+    row = json.loads((ROOT / "results" / "tiny.jsonl").read_text().splitlines()[0])
+    fig, ax = plt.subplots(figsize=(8, 3.6))
+    ax.plot(*zip(*row["train_loss_by_step"]), color=PALETTE[0], alpha=0.4, lw=1, label="training")
+    ax.plot(*zip(*row["val_loss_by_step"]), "o-", color=PALETTE[3], label="validation")
+    nats_per_bpb = row["val_loss"] / row["val_bpb"]
+    for name, style in (("gzip", ":"), ("xz", "--")):
+        ax.axhline(row[f"{name}_bpb"] * nats_per_bpb, color="grey", ls=style, label=f"{name} -9, {row[f'{name}_bpb']:.2f} bits per byte")
+    ax.set(xlabel="step", ylabel="loss (nats a token)", ylim=(2.5, 8),
+           title=f"config/tiny.yml: {row['val_bpb']:.2f} bits per byte after {row['train_s']:.0f} s on {row['machine']}")
+    ax.legend()
+    (ROOT / "assets").mkdir(exist_ok=True)
+    fig.savefig(ROOT / "assets" / "tiny_loss.png", dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="muon", help="the curve's name in plots")
     parser.add_argument("overrides", nargs="*", help="key=value, as for run.sh")
+    parser.add_argument("--plot", action="store_true", help="draw assets/tiny_loss.png and measure nothing")
     args = parser.parse_args()
+    if args.plot:
+        return plot()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        run_once(folder, ["num_iterations=1", "checkpoint_dir=warm"])  # builds the shards
+        prepare_data(load_config(ROOT / "config" / "tiny.yml", [f"train_files={folder}/data/python_docs/train_*.bin"]))
         first_step_s, log = run_once(folder, args.overrides)
         config = load_config(ROOT / "config" / "tiny.yml", args.overrides)
         steps, vals = [row for row in log if "loss" in row], [row for row in log if "val_loss" in row]

@@ -261,6 +261,14 @@ def test_a_run_ends_where_it_was_told(schedule):
     assert schedule.lr(10 * schedule.total_iters + 100) == pytest.approx(schedule.final_lr_frac, abs=1e-9)
 
 
+def test_the_ends_of_a_schedule_without_length():
+    "A run may go on for longer than its schedule; the smallest fractions there are don't overflow."
+    assert Schedule(10, cooldown_frac=0.0).lr(11) == 1 and Schedule(10, cooldown_frac=5e-324).lr(11) == 0
+    for fraction in (0.0, 5e-324):
+        windows = [Schedule(10, window_start=0.25, window_warmup_frac=fraction).window_fraction(step) for step in range(12)]
+        assert min(windows) >= 0.25 and windows[1:] == [1] * 11
+
+
 def test_setting_twice_is_setting_once():
     optimizers = build_optimizers(tiny_gpt(), muon_weight_decay=0.1, **RATES)
     schedule = Schedule(100, warmup_steps=10, momentum_warmup_steps=50)
