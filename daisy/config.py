@@ -137,7 +137,7 @@ class TrainConfig:
     seed: int = _run("seed of initial weights and of sampling", 1337, within="[0, 4294967295]")
     device: str = _run("where to compute", "auto", choices=("auto", "cpu", "cuda", "mps"), free=True)
     compile: str = _run("torch.compile the model; auto = on a GPU", "auto", choices=("auto", "true", "false"), free=True)
-    attention: str = _run("attention backend", "auto", choices=("auto", "reference", "sdpa", "flex", "flash"), free=True)
+    attention: str = _run("attention backend", "auto", choices=("auto", "reference", "sdpa", "flex"), free=True)
     sample_prompt: str = _run("text to continue after the last step; empty = none", "", free=True)
     sample_tokens: int = _run("tokens to continue it by", 100, within="[0, inf)", free=True)
     resume: str = _run("auto: go on with an unfinished run in checkpoint_dir; never: start afresh", "auto", choices=("auto", "never"), free=True)

@@ -73,7 +73,7 @@ def test_overrides(argument, key, value):
     ("num_iterations=many", "whole number"), ("num_iterations", "num_iterations="), ("save_checkpoint", "save_checkpoint="),
     ("num_iterations=0", "at least 1"), ("num_iterations=-1", "at least 1"), ("num_iterations=", "whole number"), ("grad_clip=nan", "finite"),
     ("grad_clip=inf", "finite"), ("grad_clip=1e999", "finite"), ("adamw_beta2=1", "below 1"), ("adamw_eps=0", "above 0"),
-    ("cooldown_frac=1.1", "at most 1"), ("optimizer=moun", "did you mean muon?"), ("attention=Flesh", "flash"), ("window_pattern=", "letters"),
+    ("cooldown_frac=1.1", "at most 1"), ("optimizer=moun", "did you mean muon?"), ("attention=Flux", "flex"), ("window_pattern=", "letters"),
     ("begin_shard=0", "begin_shard"), ("checkpoint_dir=", "checkpoint_dir"), ("vocab_size=65537", "at most 65536"), ("seed=-1", "at least 0"),
     ("=3", "unknown key"), ("--=3", "unknown key"), ("-n", "unknown key"), ("keep_checkpoints=0", "at least 1"), ("qk_norm=maybe", "true or false")])
 def test_bad_overrides_are_one_line(argument, words):

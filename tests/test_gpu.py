@@ -63,17 +63,15 @@ def two_models(tokens, window, backend):
 
 
 @pytest.mark.parametrize("tokens,window", [(256, 64), (2048, 512)])
-@pytest.mark.parametrize("bf16,tolerance", [(False, 1e-3), (True, 5e-2)])
-def test_compiled_model_agrees_with_the_plain_one(tokens, window, bf16, tolerance):
-    "Loss and every gradient, over several batches: a mask built wrongly shows only in the gradients."
+def test_compiled_model_agrees_with_the_plain_one(tokens, window, tolerance=1e-3):
+    "Loss and every gradient in float32, over several batches: a mask built wrongly shows most in the gradients."
     torch._dynamo.reset()
     plain, fast = two_models(tokens, window, "flex")
     for seed in range(2):
         generator = torch.Generator("cuda").manual_seed(seed)
         ids = torch.randint(0, 500, (2, tokens + 1), generator=generator, device="cuda")
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
-            (loss, wanted), (fast_loss, got) = (gradients(m, inputs, targets) for m in (plain, fast))
+        (loss, wanted), (fast_loss, got) = (gradients(m, inputs, targets) for m in (plain, fast))
         assert abs(loss - fast_loss) < tolerance * loss
         for name in wanted:
             assert relative(got[name], wanted[name]) < tolerance, f"{name}, batch {seed}"
