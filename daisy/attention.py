@@ -67,7 +67,6 @@ def choose_backend(name: str, device: torch.device) -> str:
     return name
 
 
-@torch.compiler.disable  # built as it stands: compiled along with the model, block masks came out wrong (torch 2.11)
 def prepare_mask(backend: str, spec: MaskSpec, doc_ids: Tensor):
     "What `backend` wants to know about who may look at whom in rows of documents `doc_ids` (B, T)."
     if backend == "flex":

@@ -22,7 +22,7 @@ from .checkpoint import (
 from .config import (
     ConfigError, TrainConfig, accumulation_steps, config_help, config_sources, config_to_dict, load_config)
 from .generate import Sampling, generate, stream_text
-from .gpt import GPT, GPTConfig, count_parameters, flops_per_token
+from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
 from .optim import build_optimizers, load_optimizer_state
 from .schedules import Schedule
@@ -178,7 +178,7 @@ class Run:
         self.model = build_model(config.model_type, values, self.device, config.attention, config.seed)
         self.model.extend_rope(config.val_seq_len)
         self.compiled = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
-        self.fast_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        self.fast_model = compile_gpt(self.model) if self.compiled else self.model
         self.optimizers = run_optimizers(config, self.model)
         self.token_bytes = torch.from_numpy(token_byte_lengths(self.encoding))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from daisy.attention import attend, prepare_mask
-from daisy.gpt import GPT, GPTConfig
+from daisy.gpt import GPT, GPTConfig, compile_gpt
 from daisy.masks import MaskSpec, document_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -59,7 +59,7 @@ def two_models(tokens, window, backend):
     for name, p in plain.named_parameters():
         torch.nn.init.normal_(p, std=1.0 if p.ndim == 2 and ".attn." not in name else 0.1)
     fast.load_state_dict(plain.state_dict())
-    return plain.cuda(), torch.compile(fast.cuda(), dynamic=False)
+    return plain.cuda(), compile_gpt(fast.cuda())
 
 
 @pytest.mark.parametrize("tokens,window", [(256, 64), (2048, 512)])
