@@ -108,8 +108,8 @@ print(*(name for name in ("torch", "numpy", "tiktoken", "yaml", "tqdm") if find_
     fail "$python doesn't start; daisy needs Python 3.10 to 3.13"
 [ -z "$missing" ] || fail "$python lacks $missing: install daisy first, with: (cd $here && pip install -e .)"
 
-# One process may use every core, and a thread that waits lets other programs have its core: on two busy cores the tiny
-# config trained at 2,282 instead of 611 tokens/s, on two idle ones at 7,521 instead of 7,599. What the user has set stays.
+# One process may use every core, and a thread that waits lets other programs have its core: on a busy machine that is
+# several times faster, on an idle one about the same. What the user has set stays.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     OMP_NUM_THREADS=$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
