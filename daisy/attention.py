@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'VALUE_GATE_CHANNELS', 'QK_NORM_SCALE', 'reference_attention', 'rms_norm', 'sdpa_attention',
-           'flex_attention', 'choose_backend', 'prepare_mask', 'attend', 'CausalSelfAttention', 'KVCache']
+           'flex_attention', 'choose_backend', 'prepare_mask', 'attend', 'Linear', 'CausalSelfAttention', 'KVCache']
 
 # %% ../nbs/07_attention.ipynb #2
 # Tensor legend: B batch, T tokens, S keys, D model, H heads, K key-value heads, hd head dim
@@ -78,6 +78,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask, scale: float, backend: str = "
     "Attention of q (B, T, H, hd) to k, v (B, S, K, hd) under the mask that `prepare_mask` made; returns (B, T, H, hd)."
     return BACKENDS[backend](q, k, v, mask, scale)
 
+# %% ../nbs/07_attention.ipynb #a067fac9
+class Linear(nn.Linear):
+    "A matrix without bias, kept in float32; its product has the type of what it multiplies."
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
 # %% ../nbs/07_attention.ipynb #35
 VALUE_GATE_CHANNELS = 32  # the value gate reads this many channels of its input
 QK_NORM_SCALE = 0.12 * math.sqrt(128)  # times 1/sqrt(hd): with queries and keys of RMS 1 a sharper softmax (modded-nanogpt 2025)
@@ -91,16 +101,17 @@ class CausalSelfAttention(nn.Module):
     """
 
     def __init__(self, model_dim: int, num_heads: int, num_kv_heads: int, head_dim: int,
-                 qk_norm: bool = True, value_gate: bool = False):
+                 qk_norm: bool = True, value_gate: bool = False, attention_gate: bool = False):
         super().__init__()
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.q = nn.Linear(model_dim, num_heads * head_dim, bias=False)
-        self.k = nn.Linear(model_dim, num_kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(model_dim, num_kv_heads * head_dim, bias=False)
-        self.out = nn.Linear(num_heads * head_dim, model_dim, bias=False)
-        self.value_gate = nn.Linear(min(VALUE_GATE_CHANNELS, model_dim), num_kv_heads, bias=False) if value_gate else None
+        self.q = Linear(model_dim, num_heads * head_dim)
+        self.k = Linear(model_dim, num_kv_heads * head_dim)
+        self.v = Linear(model_dim, num_kv_heads * head_dim)
+        self.out = Linear(num_heads * head_dim, model_dim)
+        self.value_gate = Linear(min(VALUE_GATE_CHANNELS, model_dim), num_kv_heads) if value_gate else None
+        self.attention_gate = Linear(min(VALUE_GATE_CHANNELS, model_dim), num_heads) if attention_gate else None
         self.qk_norm = qk_norm
         self.scale = (QK_NORM_SCALE if qk_norm else 1.0) / math.sqrt(head_dim)
 
@@ -108,18 +119,20 @@ class CausalSelfAttention(nn.Module):
         "x (B, T, D); rope = (cos, sin) rows of these T positions; value_embed (B, T, K*hd); returns (B, T, D)."
         B, T, _ = x.shape
         sizes = [m.weight.size(0) for m in (self.q, self.k, self.v)]
-        qkv = F.linear(x, torch.cat([self.q.weight, self.k.weight, self.v.weight]))
+        qkv = F.linear(x, torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype))
         q, k, v = (part.view(B, T, -1, self.head_dim) for part in qkv.split(sizes, dim=-1))  # (B, T, H or K, hd)
         if value_embed is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :self.value_gate.in_features]))  # (B, T, K), 1 at the start
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
-        q, k = apply_rope(q, *rope).to(qkv.dtype), apply_rope(k, *rope).to(qkv.dtype)  # under autocast the norm gives float32
-        v = v.to(qkv.dtype)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask, self.scale, backend)
+        if self.attention_gate is not None:
+            gate = 2 * torch.sigmoid(self.attention_gate(x[..., :self.attention_gate.in_features]))  # (B, T, H), 1 at the start
+            y = gate.unsqueeze(-1) * y
         return self.out(y.reshape(B, T, -1))
 
 # %% ../nbs/07_attention.ipynb #49

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/08_block.ipynb #3
-from .attention import CausalSelfAttention, rms_norm
+from .attention import CausalSelfAttention, Linear, rms_norm
 
 # %% ../nbs/08_block.ipynb #26
 class MLP(nn.Module):
@@ -20,8 +20,8 @@ class MLP(nn.Module):
 
     def __init__(self, model_dim: int, mlp_ratio: int = 4):
         super().__init__()
-        self.up = nn.Linear(model_dim, mlp_ratio * model_dim, bias=False)
-        self.down = nn.Linear(mlp_ratio * model_dim, model_dim, bias=False)
+        self.up = Linear(model_dim, mlp_ratio * model_dim)
+        self.down = Linear(mlp_ratio * model_dim, model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square())
@@ -46,10 +46,10 @@ _WRITERS = ("attn.out.weight", "mlp.down.weight")  # what adds to the stream
 def init_block(block: Block, generator: torch.Generator | None = None) -> None:
     """Start `block` as the identity: what writes to the stream is zero, what reads from it is uniform.
 
-    The standard deviation is half of fan_in^-1/2; a value gate's weights start at zero, which means a factor of 1.
+    The standard deviation is half of fan_in^-1/2; a gate's weights start at zero, which means a factor of 1.
     """
     for name, weight in block.named_parameters():
-        if name in _WRITERS or name == "attn.value_gate.weight":
+        if name in _WRITERS or "_gate." in name:
             weight.zero_()
         elif weight.ndim == 2:
             bound = 0.5 * math.sqrt(3 / weight.size(1))

@@ -137,7 +137,8 @@ class TrainConfig:
     seed: int = _run("seed of initial weights and of sampling", 1337, within="[0, 4294967295]")
     device: str = _run("where to compute", "auto", choices=("auto", "cpu", "cuda", "mps"), free=True)
     compile: str = _run("torch.compile the model; auto = on a GPU", "auto", choices=("auto", "true", "false"), free=True)
-    attention: str = _run("attention backend", "auto", choices=("auto", "reference", "sdpa", "flex"), free=True)
+    attention: str = _run("attention backend", "auto", choices=("auto", "reference", "sdpa", "flex", "flash"), free=True)
+    activation_checkpointing: bool = _run("keep only what enters each block and compute the rest again on the way back: less memory, more time", False, free=True)
     sample_prompt: str = _run("text to continue after the last step; empty = none", "", free=True)
     sample_tokens: int = _run("tokens to continue it by", 100, within="[0, inf)", free=True)
     resume: str = _run("auto: go on with an unfinished run in checkpoint_dir; never: start afresh", "auto", choices=("auto", "never"), free=True)
@@ -156,10 +157,16 @@ class TrainConfig:
     window_short: int = _model("keys that a short layer sees, itself included; 0 = no limit", 0, within="[0, inf)")
     window_long: int = _model("keys that a long layer sees; 0 = no limit", 0, within="[0, inf)")
     window_pattern: str = _model("short and long layers, repeated; the last layer is always long", "SSSL", pattern=("[SL]+", "made of the letters S and L"))
+    long_every: int = _model("of every so many blocks of 128 keys the last stays visible beyond the window; 0 = off", 0, within="[0, inf)")
     value_embeds: bool = _model("value embeddings", True, shape=True)
+    value_layers: str = _model("layers that have one, such as '0 1 -2 -1'; empty = every second, the last included", "", shape=True,
+                               pattern=(r"(-?\d+( -?\d+)*)?", "layer numbers with spaces between them"))
     residual_gates: bool = _model("a learned gate on each residual path", True, shape=True)
     x0_gates: bool = _model("a learned gate on the embedding, into each layer", True, shape=True)
     depth_skips: bool = _model("gated skips from early to late layers", False, shape=True)
+    smear: bool = _model("some of the previous token's embedding in each token's, gated", False, shape=True)
+    backout: bool = _model("take some of the middle layer's stream away before the head, gated", False, shape=True)
+    attention_gate: bool = _model("a learned gate on each head's output", False, shape=True)
     qk_norm: bool = _model("normalise queries and keys", True)
     logit_softcap: float = _model("soft limit of a logit; 0 = off", 15.0, within="[0, inf)")
     tie_head: bool = _model("one matrix for embedding and head", False, shape=True)
@@ -186,6 +193,10 @@ class TrainConfig:
     cooldown_frac: float = _schedule("part of the schedule with falling learning rate", 0.5, within="[0, 1]")
     final_lr_frac: float = _schedule("last learning rate / highest", 0.0, within="[0, 1]")
     cooldown_shape: str = _schedule("how it falls", "linear", choices=("linear", "cosine", "1-sqrt"))
+    window_start: float | None = _schedule("part of each layer's window in use at step 0; none = all of it throughout", None, within="(0, 1]")
+    window_warmup_frac: float = _schedule("part of the schedule in which the windows grow", 0.5, within="[0, 1]")
+    window_stages: int = _schedule("stairs in which they grow, the full one included", 4, within="[2, inf)")
+    momentum_cooldown_steps: int = _schedule("last steps, in which Muon's momentum falls to muon_momentum_start", 0, within="[0, inf)")
 
     def __post_init__(self):
         for key in fields(self):
@@ -207,6 +218,9 @@ def _check_together(config: TrainConfig):
                           f"{config.head_dim + 1} would do")
     if config.eos_token_id is not None and config.eos_token_id >= config.vocab_size:
         raise ConfigError(f"eos_token_id = {config.eos_token_id} must be below vocab_size = {config.vocab_size}")
+    if outside := [i for i in map(int, config.value_layers.split()) if not -config.num_layers <= i < config.num_layers]:
+        raise ConfigError(f"value_layers = {config.value_layers} names layer {outside[0]}, but num_layers is {config.num_layers}; use 0 to "
+                          f"{config.num_layers - 1}, or -1 to {-config.num_layers} counted from the end")
     if config.window_long and not 0 < config.window_short <= config.window_long:
         raise ConfigError(f"window_short = {config.window_short}{'' if config.window_short else ' (no limit)'} must not see further "
                           f"than window_long = {config.window_long}; set window_short={config.window_long} or less")

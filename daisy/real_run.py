@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_CLASSES', 'DEFAULT_PROMPT', 'MAX_SAMPLE_TOKENS', 'TEMPLATE', 'get_model_class', 'choose_device', 'prepare_data',
-           'run_encoding', 'build_model', 'load_model', 'run_optimizers', 'run_schedule', 'restore',
-           'compressor_bits_per_byte', 'validation_text', 'describe', 'print_continuation', 'Run', 'one_line_errors',
-           'read_run_config', 'train_main', 'read_prompt', 'sample_main']
+           'run_encoding', 'choose_compute_dtype', 'build_model', 'load_model', 'run_optimizers', 'run_schedule',
+           'restore', 'compressor_bits_per_byte', 'validation_text', 'describe', 'print_continuation', 'Run',
+           'one_line_errors', 'read_run_config', 'train_main', 'read_prompt', 'sample_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -28,7 +28,7 @@ from .optim import build_optimizers, load_optimizer_state
 from .schedules import Schedule
 from .shards import build_corpus_shards, read_shard, shard_files, shard_length
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
-from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, autocast, evaluate
+from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate
 
 # %% ../nbs/23_real_run.ipynb #8
 MODEL_CLASSES = {"gpt2": GPT}
@@ -75,10 +75,16 @@ def run_encoding(config: TrainConfig):
     return encoding
 
 # %% ../nbs/23_real_run.ipynb #16
+def choose_compute_dtype(device: torch.device) -> torch.dtype:
+    "bfloat16 on a GPU that multiplies it fast, float32 elsewhere."
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def build_model(model_type: str, values: dict, device: torch.device, attention: str = "auto", seed: int = 0) -> GPT:
     "The model that a config's or a checkpoint's values describe, on `device`."
-    backend = choose_backend(attention, device)
-    return get_model_class(model_type)(GPTConfig.from_dict(values), backend=backend, seed=seed).to(device)
+    model_class, backend = get_model_class(model_type), choose_backend(attention, device)
+    return model_class(GPTConfig.from_dict(values), backend=backend, seed=seed, compute_dtype=choose_compute_dtype(device)).to(device)
 
 
 def load_model(path, device: torch.device, max_seq_len: int | None = None):
@@ -105,7 +111,9 @@ def run_schedule(config: TrainConfig) -> Schedule:
     return Schedule(
         config.schedule_total_iters, warmup_steps=config.warmup_steps, cooldown_frac=config.cooldown_frac,
         final_lr_frac=config.final_lr_frac, cooldown_shape=config.cooldown_shape, momentum_peak=config.muon_momentum,
-        momentum_start=config.muon_momentum_start, momentum_warmup_steps=config.muon_momentum_warmup_steps)
+        momentum_start=config.muon_momentum_start, momentum_warmup_steps=config.muon_momentum_warmup_steps,
+        momentum_cooldown_steps=config.momentum_cooldown_steps, window_start=config.window_start,
+        window_warmup_frac=config.window_warmup_frac, window_stages=config.window_stages)
 
 # %% ../nbs/23_real_run.ipynb #19
 def restore(saved: dict, model: GPT, optimizers: list, only_weights: bool) -> Progress:
@@ -140,7 +148,7 @@ def describe(config: TrainConfig, model: GPT, device: torch.device, compiled: bo
         f"       {c.num_layers} layers of {c.num_heads} heads x {c.head_dim}, width {c.model_dim}, windows "
         + " ".join(map(str, c.windows)),
         f"device: {name}, attention {model.backend}, {'compiled' if compiled else 'not compiled'}, "
-        + ("bfloat16 matmuls" if device.type == "cuda" else "float32"),
+        + str(model.compute_dtype).removeprefix("torch."),
         f"batch: {config.global_batch_size} x {config.max_seq_len} = {config.global_batch_size * config.max_seq_len:,} tokens a "
         f"step ({accumulation} x {rows} rows), {config.num_iterations:,} steps",
     ])
@@ -149,11 +157,10 @@ def describe(config: TrainConfig, model: GPT, device: torch.device, compiled: bo
 def print_continuation(model: GPT, encoding, prompt: str, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
     "Print `prompt` and, as it comes, what the model adds to it, until it ends the document."
     ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
-    with autocast(model.embed.weight.device):
-        pieces = stream_text(encoding, generate(model, ids, max_tokens, sampling, seed, stop_id=encoding.eot_token))
-        print(prompt + next(pieces, ""), end="", flush=True)  # whatever is wrong shows before anything is printed
-        for text in pieces:
-            print(text, end="", flush=True)
+    pieces = stream_text(encoding, generate(model, ids, max_tokens, sampling, seed, stop_id=encoding.eot_token))
+    print(prompt + next(pieces, ""), end="", flush=True)  # whatever is wrong shows before anything is printed
+    for text in pieces:
+        print(text, end="", flush=True)
     print()
 
 # %% ../nbs/23_real_run.ipynb #26
@@ -220,7 +227,8 @@ class Run:
             num_iterations=config.num_iterations, val_loss_every=config.val_loss_every,
             val_snapshot_every=config.val_snapshot_every, snapshot_skip=config.snapshot_skip,
             save_checkpoint=config.save_checkpoint, log_every=config.log_every, grad_clip=config.grad_clip,
-            flops_per_token=flops_per_token(self.model, config.max_seq_len), last_checkpoint=latest_checkpoint(self.directory))
+            flops_per_token=flops_per_token(self.model, config.max_seq_len), last_checkpoint=latest_checkpoint(self.directory),
+            set_window=self.model.set_window_fraction)
 
     def validate(self):
         "Loss and bits per byte on the validation shards, with no more tokens at a time than in training."

@@ -119,14 +119,16 @@ def random_model(seed=0, **changes):
     model, generator = GPT(GPTConfig(**shape | changes)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim < 2))
     return model.eval()
 
 
 FEATURES = [dict(), dict(num_layers=1), dict(num_layers=2, window_pattern="SL"), dict(num_layers=6, depth_skips=True), dict(num_kv_heads=1),
             dict(tie_head=True), dict(value_embeds=False), dict(x0_gates=False, residual_gates=False), dict(qk_norm=False),
             dict(logit_softcap=0.0), dict(rope_fraction=0.5), dict(window_short=1), dict(window_short=0, window_pattern="L"),
-            dict(vocab_size=64), dict(max_seq_len=8, window_long=4, window_short=2)]
+            dict(vocab_size=64), dict(max_seq_len=8, window_long=4, window_short=2), dict(smear=True), dict(backout=True),
+            dict(attention_gate=True), dict(value_layers="0 1 -1"), dict(long_every=2, max_seq_len=300),
+            dict(num_layers=5, depth_skips=True, smear=True, backout=True, attention_gate=True, tie_head=True, num_kv_heads=1)]
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from daisy.gpt import GPT, GPTConfig, count_parameters, cross_entropy, flops_per
 from daisy.loader import IGNORE
 
 V, EOS = 50, 0
-SWITCHES = ("value_embeds", "residual_gates", "x0_gates", "depth_skips", "qk_norm", "tie_head")
+SWITCHES = ("value_embeds", "residual_gates", "x0_gates", "depth_skips", "smear", "backout", "attention_gate", "activation_checkpointing",
+            "qk_norm", "tie_head")
 OFF = dict(value_embeds=False, residual_gates=False, x0_gates=False, depth_skips=False, logit_softcap=0.0)
+ALL = dict(depth_skips=True, smear=True, backout=True, attention_gate=True)
 SHAPE = dict(vocab_size=V, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, model_dim=24, max_seq_len=16, eos_token_id=EOS)
 
 
@@ -25,7 +27,8 @@ def configs(draw):
         model_dim=draw(st.sampled_from([8, 40])), max_seq_len=draw(st.sampled_from([1, 7, 16])), eos_token_id=EOS,
         window_short=draw(st.sampled_from([0, 1, 3, 99])), window_long=draw(st.sampled_from([0, 5, 99])),
         window_pattern=draw(st.sampled_from(["SSSL", "L", "SL"])), logit_softcap=draw(st.sampled_from([0.0, 15.0])),
-        rope_fraction=draw(st.sampled_from([1.0, 0.5])), **{name: draw(st.booleans()) for name in SWITCHES})
+        rope_fraction=draw(st.sampled_from([1.0, 0.5])), long_every=draw(st.sampled_from([0, 2])),
+        value_layers=draw(st.sampled_from(["", "0", "-1 0"])), **{name: draw(st.booleans()) for name in SWITCHES})
 
 
 def awake(config, seed=0, **kwargs):
@@ -33,7 +36,7 @@ def awake(config, seed=0, **kwargs):
     model, generator = GPT(config, **kwargs), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1: p.add_(0.3 * torch.randn(p.shape, generator=generator))
+            if p.ndim < 2: p.add_(0.3 * torch.randn(p.shape, generator=generator))
             elif not p.any(): p.normal_(std=p.size(1) ** -0.5, generator=generator)
     return model
 
@@ -57,14 +60,13 @@ def test_the_first_loss_is_ln_v(config, T):
     assert abs(loss - math.log(V)) < (1.2 if config.tie_head else 1e-5)
 
 
-@pytest.mark.parametrize("switch", ["residual_gates", "x0_gates", "depth_skips"])
+@pytest.mark.parametrize("switch", ["residual_gates", "x0_gates", "depth_skips", "smear", "backout", "attention_gate"])
 @pytest.mark.parametrize("others", [False, True])
 def test_a_gate_at_its_start_is_the_network_without_it(switch, others):
-    base = {**SHAPE, **dict.fromkeys(SWITCHES[:4], others)}
-    without, with_gate = (awake(GPTConfig(**{**base, switch: on})) for on in (False, True))
-    fresh = GPT(with_gate.config).get_parameter(switch.replace("depth_skips", "skip_gates"))
-    state = {**without.state_dict(), switch.replace("depth_skips", "skip_gates"): fresh}
-    with_gate.load_state_dict(state)
+    base = {**SHAPE, **dict.fromkeys(SWITCHES[:7], others)}
+    without = awake(GPTConfig(**{**base, switch: False}))
+    with_gate = GPT(GPTConfig(**{**base, switch: True}))  # its gates as they start
+    assert with_gate.load_state_dict(without.state_dict(), strict=False).missing_keys
     assert torch.equal(with_gate(tokens_like(2, 11)), without(tokens_like(2, 11)))
 
 
@@ -81,14 +83,14 @@ def test_silent_value_embeddings_are_the_network_without_them():
 @given(configs())
 def test_what_is_off_leaves_no_parameter(config):
     names = " ".join(name for name, _ in GPT(config).named_parameters())
-    for key, words in dict(value_embeds="value_", residual_gates="residual_gates", x0_gates="x0_gates").items():
+    for key, words in dict(value_embeds="value_", residual_gates="residual_gates", x0_gates="x0_gates", smear="smear", backout="backout",
+                           attention_gate="attention_gate").items():
         assert (words in names) == getattr(config, key)
     assert ("skip_gates" in names) == config.depth_skips and ("head.weight" in names) != config.tie_head
 
 
 @pytest.mark.parametrize("num_layers", [2, 3, 5])
-@pytest.mark.parametrize("extras", [OFF, dict(depth_skips=True), dict(depth_skips=True, tie_head=True, qk_norm=False)],
-                         ids=["plain", "all", "tied, no QK-norm"])
+@pytest.mark.parametrize("extras", [OFF, ALL, dict(ALL, tie_head=True, qk_norm=False)], ids=["plain", "all", "tied, no QK-norm"])
 def test_once_awake_every_parameter_gets_a_gradient(num_layers, extras):
     model = awake(GPTConfig(**{**SHAPE, "num_layers": num_layers, **extras}))
     model(tokens_like(3, 9, low=1), tokens_like(3, 9, seed=1)).backward()
@@ -147,7 +149,7 @@ def test_a_full_cache_says_what_to_do():
 # lengths and windows
 
 @pytest.mark.parametrize("T", [1, 2, 13, 127])
-@pytest.mark.parametrize("extras", [{}, OFF, dict(depth_skips=True, tie_head=True)], ids=["default", "plain", "skips, tied"])
+@pytest.mark.parametrize("extras", [{}, OFF, dict(ALL, tie_head=True)], ids=["default", "plain", "all, tied"])
 def test_odd_lengths_and_backends_agree(T, extras):
     config = GPTConfig(**{**SHAPE, **extras})
     tokens, outputs = tokens_like(2, T), {}
@@ -212,14 +214,19 @@ def test_ignored_targets_dont_count():
     assert model(tokens, torch.full_like(targets, IGNORE)) == 0
 
 
-def test_under_autocast_the_loss_and_the_stream_stay_float32():
-    model, tokens, targets = awake(GPTConfig(**SHAPE)), tokens_like(2, 16), tokens_like(2, 16, seed=1)
-    expected = model(tokens, targets)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, stream, cache = model(tokens, targets), model.hidden(tokens), model.new_cache(2, 16)
+@pytest.mark.parametrize("extras", [{}, ALL], ids=["default", "all"])
+def test_in_bfloat16_weights_gradients_and_loss_stay_float32(extras):
+    tokens, targets = tokens_like(2, 16), tokens_like(2, 16, seed=1)
+    config = GPTConfig(**SHAPE, **extras)
+    expected = awake(config)(tokens, targets)
+    model = awake(config, compute_dtype=torch.bfloat16)
+    loss, cache = model(tokens, targets), model.new_cache(2, 16)
+    loss.backward()
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {loss.dtype} == {torch.float32}
+    assert model.hidden(tokens).dtype == cache.keys.dtype == torch.bfloat16
+    with torch.no_grad():
         cached = torch.cat([model(piece, cache=cache) for piece in tokens.split(5, dim=1)], dim=1)
         assert_same(cached, model(tokens), 2e-2)
-    assert loss.dtype == stream.dtype == torch.float32 and cache.keys.dtype == torch.bfloat16
     torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
 
 
@@ -261,7 +268,7 @@ def test_another_feed_forward_drops_in():
     assert math.isclose(model(tokens_like(2, 8), tokens_like(2, 8)).item(), math.log(V), rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("extras", [OFF, dict(depth_skips=True), dict(tie_head=True)], ids=["plain", "all", "tied"])
+@pytest.mark.parametrize("extras", [OFF, ALL, dict(tie_head=True)], ids=["plain", "all", "tied"])
 def test_one_batch_can_be_overfitted(extras):
     model, rows = GPT(GPTConfig(**{**SHAPE, "model_dim": 48, **extras})), tokens_like(2, 17, low=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

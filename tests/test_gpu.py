@@ -48,7 +48,7 @@ def test_backend_agrees_with_the_reference(backend, dtype, out_tolerance, grad_t
 def gradients(model, inputs, targets):
     loss = model(inputs, targets)
     loss.backward()
-    return loss.item(), {name.removeprefix("_orig_mod."): p.grad.clone() for name, p in model.named_parameters()}
+    return loss.item(), {name.removeprefix("model."): p.grad.clone() for name, p in model.named_parameters()}
 
 
 def two_models(tokens, window, backend):
