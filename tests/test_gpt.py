@@ -1,5 +1,6 @@
 """The GPT over random shapes and switches: what must hold whatever the config, beyond the cases that lesson 09 shows."""
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from daisy.gpt import GPT, GPTConfig, count_parameters, cross_entropy, flops_per
 from daisy.loader import IGNORE
 
 V, EOS = 50, 0
-SWITCHES = ("value_embeds", "residual_gates", "x0_gates", "depth_skips", "smear", "backout", "attention_gate", "activation_checkpointing",
-            "qk_norm", "tie_head")
+SWITCHES = ("value_embeds", "residual_gates", "x0_gates", "depth_skips", "smear", "backout", "attention_gate", "qk_norm", "tie_head")
 OFF = dict(value_embeds=False, residual_gates=False, x0_gates=False, depth_skips=False, logit_softcap=0.0)
 ALL = dict(depth_skips=True, smear=True, backout=True, attention_gate=True)
 SHAPE = dict(vocab_size=V, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, model_dim=24, max_seq_len=16, eos_token_id=EOS)
@@ -28,7 +28,8 @@ def configs(draw):
         window_short=draw(st.sampled_from([0, 1, 3, 99])), window_long=draw(st.sampled_from([0, 5, 99])),
         window_pattern=draw(st.sampled_from(["SSSL", "L", "SL"])), logit_softcap=draw(st.sampled_from([0.0, 15.0])),
         rope_fraction=draw(st.sampled_from([1.0, 0.5])), long_every=draw(st.sampled_from([0, 2])),
-        value_layers=draw(st.sampled_from(["", "0", "-1 0"])), **{name: draw(st.booleans()) for name in SWITCHES})
+        value_layers=draw(st.sampled_from(["", "0", "-1 0"])), activation_checkpointing=draw(st.sampled_from(["off", "cheap", "block"])),
+        **{name: draw(st.booleans()) for name in SWITCHES})
 
 
 def awake(config, seed=0, **kwargs):
@@ -183,8 +184,9 @@ def test_rows_longer_than_in_training_keep_the_windows_of_training():
 # the head and the loss
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 50), st.sampled_from([0.0, 1.0, 15.0]), st.integers(0, 100), st.integers(0, 5))
-def test_chunks_change_neither_loss_nor_gradients(N, chunk_tokens, cap, seed, ignored):
+@given(st.integers(1, 40), st.integers(1, 50), st.sampled_from([0.0, 1.0, 15.0]), st.integers(0, 100), st.integers(0, 5),
+       st.sampled_from([1.0, -0.25, 3.0]))
+def test_chunks_change_neither_loss_nor_gradients(N, chunk_tokens, cap, seed, ignored, upstream):
     generator = torch.Generator().manual_seed(seed)
     x, head = (torch.randn(n, 8, generator=generator, requires_grad=True) for n in (N, 64))
     targets = torch.randint(0, V, (N,), generator=generator)
@@ -192,8 +194,40 @@ def test_chunks_change_neither_loss_nor_gradients(N, chunk_tokens, cap, seed, ig
     expected = F.cross_entropy(soft_cap(x @ head.T, cap)[:, :V], targets, ignore_index=IGNORE, reduction="sum") / max(N - ignored, 1)
     loss = cross_entropy(x, head, targets, cap, V, chunk_tokens=chunk_tokens)
     torch.testing.assert_close(loss, expected)
-    for ours, theirs in zip(torch.autograd.grad(loss, (x, head)), torch.autograd.grad(expected, (x, head))):
+    for ours, theirs in zip(torch.autograd.grad(upstream * loss, (x, head)), torch.autograd.grad(upstream * expected, (x, head))):
         torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(x, head, targets, cap, V, chunk_tokens=chunk_tokens), expected)
+
+
+def test_a_tied_head_in_chunks_collects_both_gradients(monkeypatch):
+    "The table is read twice, and its two gradients add up, over two micro-batches too."
+    config, rows = GPTConfig(**SHAPE, tie_head=True), tokens_like(4, 17)
+    models = {chunk_tokens: awake(config) for chunk_tokens in (5, 10_000)}
+    for chunk_tokens, model in models.items():
+        monkeypatch.setattr("daisy.gpt.cross_entropy", partial(cross_entropy, chunk_tokens=chunk_tokens))
+        for half, share in ((rows[:1], 0.25), (rows[1:], 0.75)):
+            (share * model(half[:, :-1], half[:, 1:])).backward()
+    for chunked, whole in zip(models[5].parameters(), models[10_000].parameters()):
+        torch.testing.assert_close(chunked.grad, whole.grad)
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_in_bfloat16_the_loss_is_float32s_and_its_gradients_come_near(cap):
+    generator = torch.Generator().manual_seed(0)
+    x, head = torch.randn(200, 64, generator=generator).bfloat16(), 0.1 * torch.randn(512, 64, generator=generator).bfloat16()
+    targets = torch.randint(0, 500, (200,), generator=generator)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = x.to(dtype).requires_grad_(), head.float().requires_grad_()
+        loss = cross_entropy(*leaves, targets, cap, 500, chunk_tokens=64)
+        loss.backward()
+        assert loss.dtype == leaves[1].grad.dtype == torch.float32 and leaves[0].grad.dtype == dtype
+        results.append((loss.detach(), *(leaf.grad.float() for leaf in leaves)))
+    (loss, *grads), (rounded_loss, *rounded_grads) = results
+    assert abs(loss - rounded_loss) < 2e-3 * loss
+    for ours, theirs in zip(rounded_grads, grads):
+        assert_same(ours, theirs, 1e-2)
 
 
 def test_padding_is_never_offered_and_never_learns():
