@@ -138,8 +138,8 @@ class TrainConfig:
     device: str = _run("where to compute", "auto", choices=("auto", "cpu", "cuda", "mps"), free=True)
     compile: str = _run("torch.compile the model; auto = on a GPU", "auto", choices=("auto", "true", "false"), free=True)
     attention: str = _run("attention backend", "auto", choices=("auto", "reference", "sdpa", "flex", "flash"), free=True)
-    activation_checkpointing: str = _run("what to compute again on the way back, for memory: cheap = all but matrix products and attention; block = all", "off",
-                                         choices=("off", "cheap", "block"), free=True)
+    activation_checkpointing: str = _run("what to compute again on the way back, to save memory: cheap = all but matrix products and attention", "none",
+                                         choices=("none", "cheap", "full"), free=True)
     sample_prompt: str = _run("text to continue after the last step; empty = none", "", free=True)
     sample_tokens: int = _run("tokens to continue it by", 100, within="[0, inf)", free=True)
     resume: str = _run("auto: go on with an unfinished run in checkpoint_dir; never: start afresh", "auto", choices=("auto", "never"), free=True)

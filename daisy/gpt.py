@@ -121,7 +121,7 @@ class GPTConfig:
     backout: bool = False
     attention_gate: bool = False
     long_every: int = 0
-    activation_checkpointing: str = "off"
+    activation_checkpointing: str = "none"
 
     @classmethod
     def from_dict(cls, values: dict) -> "GPTConfig":
@@ -186,14 +186,14 @@ def _keep_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
 
 
 def run_block(block: Block, x: Tensor, activation_checkpointing: str, **attention_args) -> Tensor:
-    """Run a block and keep for the way back everything ("off"), the products ("cheap") or only its input ("block").
+    """Run a block and compute again on the way back "none" of it, what is "cheap" (all but products), or the "full" block.
 
-    What isn't kept is computed again when the gradient comes (Chen et al. 2016): the numbers stay the same.
+    What isn't kept for the gradient needs no memory (Chen et al. 2016); the numbers stay the same.
     """
-    if activation_checkpointing == "off" or not torch.is_grad_enabled():
+    if activation_checkpointing == "none" or not torch.is_grad_enabled():
         return block(x, **attention_args)
     cheap = dict(context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
-    how = {"cheap": cheap, "block": {}}[activation_checkpointing]
+    how = {"cheap": cheap, "full": {}}[activation_checkpointing]
     return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **how, **attention_args)
 
 # %% ../nbs/09_gpt.ipynb #39

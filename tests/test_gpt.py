@@ -28,7 +28,7 @@ def configs(draw):
         window_short=draw(st.sampled_from([0, 1, 3, 99])), window_long=draw(st.sampled_from([0, 5, 99])),
         window_pattern=draw(st.sampled_from(["SSSL", "L", "SL"])), logit_softcap=draw(st.sampled_from([0.0, 15.0])),
         rope_fraction=draw(st.sampled_from([1.0, 0.5])), long_every=draw(st.sampled_from([0, 2])),
-        value_layers=draw(st.sampled_from(["", "0", "-1 0"])), activation_checkpointing=draw(st.sampled_from(["off", "cheap", "block"])),
+        value_layers=draw(st.sampled_from(["", "0", "-1 0"])), activation_checkpointing=draw(st.sampled_from(["none", "cheap", "full"])),
         **{name: draw(st.booleans()) for name in SWITCHES})
 
 

@@ -140,10 +140,10 @@ def test_the_cached_path_computes_what_training_computed(switch, dtype, toleranc
 
 
 @switches
-@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("mode", ["cheap", "full"])
 def test_what_is_computed_again_is_the_same(switch, mode):
     gradients = []
-    for activation_checkpointing in ("off", mode):
+    for activation_checkpointing in ("none", mode):
         model = awake(GPTConfig(**{**SHAPE, **SWITCHES[switch], "activation_checkpointing": activation_checkpointing}))
         model(tokens_like(2, 40), tokens_like(2, 40, seed=1)).backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -216,8 +216,8 @@ def graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("extras", [{}, ALL, dict(activation_checkpointing="cheap"), dict(activation_checkpointing="block")],
-                         ids=["default", "all", "cheap", "block"])
+@pytest.mark.parametrize("extras", [{}, ALL, dict(activation_checkpointing="cheap"), dict(activation_checkpointing="full")],
+                         ids=["default", "all", "cheap", "full"])
 def test_a_window_schedule_compiles_one_graph_a_shape(graphs, extras):
     "Training at one shape while the window grows, validation without gradients at another: two graphs, whatever the number of steps."
     counted, count = graphs
