@@ -68,6 +68,21 @@ def test_flex_block_mask_covers_exactly_the_blocks_and_pairs(spec, doc_ids):
     assert torch.equal(create_mask(ours.mask_mod, B, None, T, T, device="cpu"), dense_mask(spec, doc_ids))
 
 
+@settings(deadline=None, max_examples=60)
+@given(SPECS, documents())
+def test_flex_block_mask_lists_columns_as_torch_would_from_our_rows(spec, doc_ids):
+    "The backward pass goes by columns, and no CPU runs it: so the lists themselves are compared."
+    from torch.nn.attention.flex_attention import BlockMask
+
+    ours = flex_block_mask(spec, doc_ids)
+    theirs = BlockMask.from_kv_blocks(ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices,
+                                      BLOCK_SIZE=spec.block_size, mask_mod=ours.mask_mod, seq_lengths=ours.seq_lengths)
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        got, want = getattr(ours, name), getattr(theirs, name)
+        assert torch.equal(got, want) and got.dtype == want.dtype and got.is_contiguous(), name
+    assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE and ours.seq_lengths == theirs.seq_lengths
+
+
 @settings(deadline=None, max_examples=100)
 @given(SPECS, documents())
 def test_long_range_blocks_respect_documents_and_causality(spec, doc_ids):
