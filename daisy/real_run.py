@@ -83,8 +83,9 @@ def choose_compute_dtype(device: torch.device) -> torch.dtype:
 
 def build_model(model_type: str, values: dict, device: torch.device, attention: str = "auto", seed: int = 0) -> GPT:
     "The model that a config's or a checkpoint's values describe, on `device`."
-    model_class, backend = get_model_class(model_type), choose_backend(attention, device)
-    return model_class(GPTConfig.from_dict(values), backend=backend, seed=seed, compute_dtype=choose_compute_dtype(device)).to(device)
+    config = GPTConfig.from_dict(values)
+    backend = choose_backend(attention, device, config.long_every)
+    return get_model_class(model_type)(config, backend=backend, seed=seed, compute_dtype=choose_compute_dtype(device)).to(device)
 
 
 def load_model(path, device: torch.device, max_seq_len: int | None = None):

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `python -m pytest -m gpu tests/test_gpu.py` on a machine with one."""
+"""What only a GPU can show: `python -m pytest -m gpu tests` on a machine with one; attention alone is in test_gpu_attention.py."""
 import json
 import os
 import subprocess
@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from daisy.attention import attend, prepare_mask
 from daisy.gpt import GPT, GPTConfig, compile_gpt
-from daisy.masks import MaskSpec, document_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ROOT = Path(__file__).parent.parent
@@ -18,31 +16,6 @@ ROOT = Path(__file__).parent.parent
 
 def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
-@pytest.mark.parametrize("dtype,out_tolerance,grad_tolerance", [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 5e-3, 1e-2)])
-@pytest.mark.parametrize("tokens,window,heads,kv_heads,head_dim", [
-    (256, 64, 2, 2, 64), (384, 1024, 4, 2, 128), (200, 50, 2, 1, 64), (1, 8, 2, 2, 64), (129, 1, 2, 2, 128)])
-def test_backend_agrees_with_the_reference(backend, dtype, out_tolerance, grad_tolerance, tokens, window, heads, kv_heads, head_dim):
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    ids = torch.randint(0, 40, (2, tokens), generator=generator, device="cuda")
-    spec, doc_ids = MaskSpec(window=window), document_ids(ids, eos_id=0)
-    shapes = [(2, tokens, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    *qkv, weight = (torch.randn(s, generator=generator, device="cuda").to(dtype) for s in shapes)
-
-    def run(name, tensors):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out = attend(*leaves, prepare_mask(name, spec, doc_ids), head_dim ** -0.5, name)
-        (out * weight.to(out.dtype)).sum().backward()
-        return out.detach(), [t.grad for t in leaves]
-
-    expected, expected_grads = run("reference", [t.double() for t in qkv])
-    out, grads = run(backend, qkv)
-    assert relative(out, expected) < out_tolerance
-    for name, got, want in zip("qkv", grads, expected_grads):
-        if want.norm() > 1e-6:
-            assert relative(got, want) < grad_tolerance, name
 
 
 def gradients(model, inputs, targets):

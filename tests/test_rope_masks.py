@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daisy.masks import (MaskSpec, block_mask, dense_mask, document_ids, flex_block_mask, layer_windows,
-                         varlen_bounds)
+                         varlen_bounds, varlen_capacity, varlen_mask)
 from daisy.rope import apply_rope, rope_tables
 
 SPECS = st.builds(MaskSpec, window=st.none() | st.integers(1, 60), long_every=st.integers(0, 4), block_size=st.integers(1, 20))
@@ -68,6 +68,21 @@ def test_flex_block_mask_covers_exactly_the_blocks_and_pairs(spec, doc_ids):
     assert torch.equal(create_mask(ours.mask_mod, B, None, T, T, device="cpu"), dense_mask(spec, doc_ids))
 
 
+@settings(deadline=None, max_examples=60)
+@given(SPECS, documents())
+def test_flex_block_mask_lists_columns_as_torch_would_from_our_rows(spec, doc_ids):
+    "The backward pass goes by columns, and no CPU runs it: so the lists themselves are compared."
+    from torch.nn.attention.flex_attention import BlockMask
+
+    ours = flex_block_mask(spec, doc_ids)
+    theirs = BlockMask.from_kv_blocks(ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices,
+                                      BLOCK_SIZE=spec.block_size, mask_mod=ours.mask_mod, seq_lengths=ours.seq_lengths)
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        got, want = getattr(ours, name), getattr(theirs, name)
+        assert torch.equal(got, want) and got.dtype == want.dtype and got.is_contiguous(), name
+    assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE and ours.seq_lengths == theirs.seq_lengths
+
+
 @settings(deadline=None, max_examples=100)
 @given(SPECS, documents())
 def test_long_range_blocks_respect_documents_and_causality(spec, doc_ids):
@@ -79,10 +94,8 @@ def test_long_range_blocks_respect_documents_and_causality(spec, doc_ids):
     assert not mask.triu(1).any() and mask.diagonal(dim1=2, dim2=3).all()
 
 
-@settings(deadline=None, max_examples=60)
-@given(documents())
-def test_varlen_bounds_cut_where_the_document_changes(doc_ids):
-    cu_seqlens, longest = varlen_bounds(doc_ids)
+def document_lengths(doc_ids):
+    "Counted one token at a time; each row begins a new document."
     lengths = []
     for row in doc_ids.tolist():
         lengths.append(1)
@@ -91,8 +104,53 @@ def test_varlen_bounds_cut_where_the_document_changes(doc_ids):
                 lengths[-1] += 1
             else:
                 lengths.append(1)
-    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.diff().tolist() == lengths and longest == max(lengths)
-    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == doc_ids.numel()
+    return lengths
+
+
+@settings(deadline=None, max_examples=60)
+@given(documents())
+def test_varlen_bounds_cut_where_the_document_changes(doc_ids):
+    bounds = varlen_bounds(doc_ids)
+    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == doc_ids.numel()
+    assert bounds.diff().tolist() == document_lengths(doc_ids)
+
+
+@settings(deadline=None, max_examples=100)
+@given(documents(), st.integers(1, 200))
+def test_bounds_of_fixed_length_end_in_empty_documents_or_are_refused(doc_ids, capacity):
+    lengths = document_lengths(doc_ids)
+    if capacity < len(lengths):
+        with pytest.raises(RuntimeError, match=f"more than {capacity} documents"):
+            varlen_bounds(doc_ids, capacity)
+    else:
+        bounds = varlen_bounds(doc_ids, capacity)
+        assert bounds.shape == (capacity + 1,) and bounds.dtype == torch.int32
+        assert bounds.diff().tolist() == lengths + [0] * (capacity - len(lengths))
+
+
+@given(st.integers(1, 10**6))
+def test_capacity_has_room_for_a_document_every_128_tokens_and_few_shapes(num_tokens):
+    capacity = varlen_capacity(num_tokens)
+    assert min(num_tokens, max(256, num_tokens // 128)) <= capacity <= num_tokens
+    assert capacity == num_tokens or capacity.bit_count() == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.builds(MaskSpec, window=st.none() | st.integers(1, 60)), documents())
+def test_packed_documents_with_a_window_are_the_dense_mask(spec, doc_ids):
+    "Read as the kernels do: in each document causal, and window - 1 keys to the left."
+    B, T = doc_ids.shape
+    bounds, max_seq_len, window = varlen_mask(spec, doc_ids)
+    assert window.device.type == "cpu" and max_seq_len == T >= bounds.diff().max()
+    document = torch.searchsorted(bounds, torch.arange(B * T), right=True)
+    q, k = torch.arange(B * T)[:, None], torch.arange(B * T)[None]
+    packed = (k <= q) & (k >= q - (window - 1)) & (document[:, None] == document[None])
+    assert torch.equal(packed, torch.block_diag(*dense_mask(spec, doc_ids)[:, 0].int()).bool())
+
+
+def test_packed_documents_refuse_long_range_blocks_and_name_flex():
+    with pytest.raises(ValueError, match="long_every 3.*flex"):
+        varlen_mask(MaskSpec(window=8, long_every=3), document_ids(torch.zeros(1, 8), eos_id=1))
 
 
 @given(st.integers(1, 50), st.text("SL", min_size=1, max_size=6))

@@ -1,0 +1,186 @@
+"""Attention's backends against float64 on a GPU: `python -m pytest -m gpu tests/test_gpu_attention.py`. Writes nothing.
+
+Flash is skipped where `flash-attn-4` isn't installed. The first call of each shape compiles: some minutes in all.
+"""
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from daisy.attention import CausalSelfAttention, attend, flash_installed, prepare_mask
+from daisy.masks import MaskSpec, document_ids
+from daisy.rope import rope_tables
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+ROOT = Path(__file__).parent.parent
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2)}  # relative norms of the output and of the gradients
+
+# tokens, window, mean tokens of a document (0: one document), heads, key-value heads, head_dim
+CASES = {
+    "one token": (1, 8, 0, 2, 2, 64),
+    "one-token documents": (127, 64, 1, 2, 2, 128),
+    "window of one": (129, 1, 40, 2, 2, 128),
+    "window longer than the sequence": (129, 500, 40, 2, 2, 128),
+    "odd length, grouped heads": (333, 50, 40, 4, 2, 64),
+    "odd length, no window": (333, None, 40, 4, 2, 64),
+    "one key-value head": (384, 128, 60, 4, 1, 128),
+    "one document": (2048, 512, 0, 2, 1, 128),
+    "many documents": (2048, 512, 100, 2, 1, 128),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(params=["sdpa", "flex", "flash"])
+def backend(request):
+    if request.param == "flash" and not flash_installed():
+        pytest.skip("flash-attn-4 is not installed")
+    return request.param
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def random_documents(rows, tokens, mean_tokens, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    opens = torch.rand(rows, tokens, generator=generator, device="cuda") < (1 / mean_tokens if mean_tokens else 0)
+    return document_ids(opens.int(), eos_id=1)
+
+
+def output_and_gradients(backend, spec, doc_ids, tensors, weight):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    output = attend(*leaves, prepare_mask(backend, spec, doc_ids), leaves[0].size(-1) ** -0.5, backend)
+    (output * weight.to(output.dtype)).sum().backward()
+    return output.detach(), [t.grad for t in leaves]
+
+
+def assert_agrees(backend, dtype, spec, doc_ids, heads, kv_heads, head_dim):
+    generator = torch.Generator("cuda").manual_seed(1)
+    *qkv, weight = (torch.randn(*doc_ids.shape, n, head_dim, generator=generator, device="cuda").to(dtype)
+                    for n in (heads, kv_heads, kv_heads, heads))
+    wanted, wanted_grads = output_and_gradients("reference", spec, doc_ids, [t.double() for t in qkv], weight)
+    output, grads = output_and_gradients(backend, spec, doc_ids, qkv, weight)
+    tolerance, grad_tolerance = TOLERANCES[dtype]
+    assert output.dtype == dtype and relative(output, wanted) < tolerance
+    for name, got, want in zip("qkv", grads, wanted_grads):
+        size = want.norm() if want.norm() > 1e-6 * wanted_grads[2].norm() else wanted_grads[2].norm()  # one key: q and k don't matter
+        assert (got.double() - want).norm() < grad_tolerance * size, f"gradient of {name}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_backend_agrees_with_float64(backend, dtype, case):
+    tokens, window, mean_tokens, *heads = case
+    if backend == "flash" and dtype == torch.float32:
+        pytest.skip("flash computes in bfloat16")
+    assert_agrees(backend, dtype, MaskSpec(window), random_documents(2, tokens, mean_tokens), *heads)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flex"])
+def test_long_range_blocks_agree_with_float64(name):
+    spec = MaskSpec(window=100, long_every=3)
+    for dtype in TOLERANCES:
+        assert_agrees(name, dtype, spec, random_documents(2, 1100, 700), 2, 1, 128)
+
+
+@pytest.mark.parametrize("window", [1, 2, 64, 127, 128, 129, 300])
+def test_a_window_of_w_is_the_token_and_w_minus_1_before_it(backend, window, tokens=640, at=130):
+    "Change one value: exactly the `window` tokens from it on may notice."
+    doc_ids = random_documents(1, tokens, 0)
+    q, k, v = torch.randn(3, 1, tokens, 2, 128, device="cuda", dtype=torch.bfloat16)
+    changed = v.clone()
+    changed[:, at] = 100.0
+    mask = prepare_mask(backend, MaskSpec(window), doc_ids)
+    before, after = (attend(q, k, x, mask, 0.01, backend) for x in (v, changed))
+    noticed = (before != after).flatten(2).any(-1)[0].nonzero().flatten()
+    assert noticed.tolist() == list(range(at, min(at + window, tokens)))
+
+
+@pytest.mark.parametrize("name", ["flex", "flash"])
+def test_masks_are_made_without_waiting_for_the_gpu(name):
+    doc_ids = random_documents(2, 4096, 300)
+    for spec in (MaskSpec(1000), MaskSpec()):
+        prepare_mask(name, spec, doc_ids)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            prepare_mask(name, spec, doc_ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_too_many_documents_for_the_bounds_stop_the_program_with_the_reason():
+    "In a process of its own: a failed assertion on a GPU ends it."
+    code = ("import torch; from daisy.masks import varlen_bounds; ids = torch.arange(64, device='cuda')[None]\n"
+            "varlen_bounds(ids, 63); torch.cuda.synchronize()")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0 and "more than 63 documents" in run.stderr, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["flex", "flash"])
+def test_a_growing_window_compiles_one_graph(name, tokens=512):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    if name == "flash" and not flash_installed():
+        pytest.skip("flash-attn-4 is not installed")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lambda q, k, v, mask: attend(q, k, v, mask, 0.1, name), backend=counter, fullgraph=True, dynamic=False)
+    q, k, v = torch.randn(3, 2, tokens, 2, 128, device="cuda", dtype=torch.bfloat16)
+    for seed, window in enumerate((64, 100, 128, 300, 512)):
+        spec, doc_ids = MaskSpec(window), random_documents(2, tokens, 100, seed)
+        output = compiled(*(t.clone().requires_grad_() for t in (q, k, v)), prepare_mask(name, spec, doc_ids))
+        output.sum().backward()
+        wanted = attend(q.double(), k.double(), v.double(), prepare_mask("reference", spec, doc_ids), 0.1, "reference")
+        assert relative(output, wanted) < TOLERANCES[torch.bfloat16][0]
+    assert counter.frame_count == 1, f"{counter.frame_count} graphs for one shape"
+
+
+def layer_and_inputs(tokens=1111, model_dim=512):
+    "A layer with every option on, none of its weights zero, and what it is called with."
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(model_dim, 4, 2, 128, value_gate=True, attention_gate=True).cuda()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=weight.size(1) ** -0.5)
+    x, value_embed, weight = (torch.randn(2, tokens, n, device="cuda").bfloat16() for n in (model_dim, 256, model_dim))
+    return layer, x, value_embed, weight
+
+
+def run_layer(layer, x, value_embed, weight, dtype, backend, compiled=False):
+    layer = copy.deepcopy(layer).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    rope = [table.cuda().to(torch.float64 if dtype == torch.float64 else torch.float32) for table in rope_tables(x.size(1), 128)]
+    x, value_embed = (t.to(dtype, copy=True).requires_grad_() for t in (x, value_embed))
+    mask = prepare_mask(backend, MaskSpec(300), random_documents(2, x.size(1), 200))
+    call = torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer
+    output = call(x, rope, mask, backend, value_embed=value_embed)
+    (output * weight.to(dtype)).sum().backward()
+    grads = {name: p.grad for name, p in layer.named_parameters()}
+    return dict(output=output.detach(), x=x.grad, value_embed=value_embed.grad, **grads)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_the_compiled_layer_errs_no_more_than_the_plain_one(backend, dtype):
+    """Output and every gradient of a whole layer. In bfloat16 its projections, norm and rotation round too, about 1e-2 in all,
+    so the yardstick is the uncompiled reference in bfloat16: compiling and another kernel may add nothing to speak of."""
+    if backend == "flash" and dtype == torch.float32:
+        pytest.skip("flash computes in bfloat16")
+    torch._dynamo.reset()
+    parts = layer_and_inputs()
+    wanted = run_layer(*parts, torch.float64, "reference")
+    plain = run_layer(*parts, dtype, "reference")
+    fast = run_layer(*parts, dtype, backend, compiled=True)
+    for name in wanted:
+        if name not in ("output", "x", "value_embed"):
+            assert fast[name].dtype == torch.float32, f"the gradient of {name} is kept in {fast[name].dtype}"
+        error = relative(fast[name], wanted[name])
+        assert error < max(1.25 * relative(plain[name], wanted[name]), TOLERANCES[dtype][0]), name
+        assert error < 2e-2, name
