@@ -159,6 +159,49 @@ def test_accumulation_against_brute_force():
                     assert any(f"; {n} is the nearest" in one_line(error) for n in (batch - distance, batch + distance))
 
 
+@pytest.mark.parametrize("argument, words", [
+    ("value_layers=4", "value_layers = 4 names layer 4, but num_layers is 2; use 0 to 1, or -1 to -2 counted from the end"),
+    ("value_layers=0,1", "value_layers = '0,1' must be layer numbers with spaces between them"),
+    ("activation_checkpointing=block", "activation_checkpointing = block is not one of none, cheap, full"),
+    ("window_start=0", "window_start = 0 must be above 0 and at most 1"), ("window_stages=1", "window_stages = 1 must be at least 2"),
+    ("long_every=-1", "long_every = -1 must be at least 0"), ("attention=flashy", "attention = flashy is not one of auto, reference, sdpa, flex, flash; "
+     "did you mean flash?"), ("smear=maybe", "smear = maybe must be true or false")])
+def test_the_models_switches_say_what_would_do(yml, argument, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(yml, [argument])
+    assert words in one_line(error)
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "config").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_its_batch_comes_out_even(path):
+    config = load_config(path)
+    for world_size in (1,) if config.corpus else (1, 2, 4, 8):
+        rows = config.global_batch_size // (world_size * accumulation_steps(config, world_size))
+        assert rows * config.max_seq_len <= 65_536, "more tokens at a time than 80 GB hold"
+    assert config.window_long <= config.max_seq_len
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_can_be_read_alone(path):
+    "Its comments say how to run it; a line that sets a key says no more than one."
+    text = path.read_text()
+    assert f"./run.sh config/{path.name}" in text and "--help" in text
+    assert text.count("\n# ") >= 5, "sections with a word about each"
+
+
+@pytest.mark.parametrize("name, millions", [("pretrain", 124), ("pretrain_124m", 124), ("pretrain_350m", 253), ("pretrain_1.6B", 1512)])
+def test_the_shapes_are_those_of_their_names(name, millions):
+    from daisy.gpt import GPT, GPTConfig, count_parameters
+    config = next(path for path in CONFIGS if path.stem == name)
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_dict(config_to_dict(load_config(config)) | dict(eos_token_id=50_256)))
+    counts = count_parameters(model)
+    assert round(sum(counts[role] for role in ("attention", "mlp", "head")) / 1e6) == millions
+
+
 def test_help_lists_every_key_with_type_and_default():
     for name, key in KEYS.items():
         line = next(line for line in config_help().splitlines() if line.startswith(f"  {name} "))

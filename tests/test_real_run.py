@@ -10,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
-from daisy.checkpoint import load_checkpoint
+from daisy.checkpoint import load_checkpoint, save_checkpoint
 from daisy.corpus import python_docs
-from daisy.real_run import train_main
+from daisy.real_run import load_model, train_main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -189,3 +190,36 @@ def test_help_lists_every_key_without_a_gpu(capsys):
 def test_no_config_is_usage_and_2(capsys):
     assert train_main([]) == 2
     assert "CONFIG_FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pretrain", "pretrain_124m", "pretrain_350m", "pretrain_1.6B"])
+def test_without_shards_one_line_names_the_download(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train_main([str(ROOT / "config" / f"{name}.yml"), "device=cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "data/fineweb/fineweb_train_*.bin" in error and "`python data/cached_fineweb100B.py`" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_an_older_daisy_loads(here, reference, tmp_path):
+    "Its model_config lacks the switches that came later: they take their defaults, which are off."
+    saved = load_checkpoint(here / "reference" / "state_step_24.pt")
+    newer = {"smear", "backout", "attention_gate", "long_every", "value_layers", "activation_checkpointing"}
+    assert newer < set(saved["model_config"])
+    saved["model_config"] = {name: value for name, value in saved["model_config"].items() if name not in newer}
+    path = save_checkpoint(tmp_path, 24, {name: value for name, value in saved.items() if name not in ("format", "version", "step")})
+    models = [load_model(file, torch.device("cpu"))[0] for file in (here / "reference" / "state_step_24.pt", path)]
+    tokens = torch.arange(40)[None]
+    assert torch.equal(*(model(tokens) for model in models)) and models[0].config == models[1].config
+
+
+def test_windows_that_grow_are_resumed_where_they_were(here, tmp_path):
+    "Stopped in the middle of the growth, and gone on with: the same losses as without the stop."
+    growing = [str(here / "toy.yml"), "window_start=0.25", "window_stages=3", "num_iterations=8", "schedule_total_iters=8", "val_loss_every=2"]
+    assert train_main([*growing, f"checkpoint_dir={tmp_path}/whole"]) == 0
+    assert train_main([*growing, f"checkpoint_dir={tmp_path}/cut", "keep_checkpoints=9"]) == 0
+    again = [*growing, f"init_checkpoint={tmp_path}/cut/state_step_2.pt", f"checkpoint_dir={tmp_path}/again"]
+    assert train_main(again) == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")[2:]
+    assert train_main([str(here / "toy.yml"), "num_iterations=4", "schedule_total_iters=8", f"checkpoint_dir={tmp_path}/full"]) == 0
+    assert losses(tmp_path / "full") != losses(tmp_path / "whole")[:4]  # the window shows in the loss

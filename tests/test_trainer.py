@@ -112,6 +112,17 @@ def test_a_piece_without_any_target_changes_nothing():
     assert only.train_step().values.tolist() == [0, 0]
 
 
+def test_the_windows_follow_the_schedule_from_any_step():
+    seen = []
+    for start in (0, 5):
+        trainer = make(steps=8, progress=Progress(step=start), set_window=seen.append)
+        trainer.schedule = Schedule(8, momentum_warmup_steps=0, window_start=0.25, window_warmup_frac=0.5, window_stages=4)
+        trainer.train()
+    stairs = [trainer.schedule.window_fraction(step) for step in range(8)]
+    assert stairs == [0.25, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    assert seen == [stairs[0], *stairs, *stairs[5:]]  # once before the first validation, then at every step
+
+
 def test_the_logged_loss_is_that_of_the_weights_before_the_step():
     trainer = make()
     batch, before = next(Loader(2)), Bigram()
