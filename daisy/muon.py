@@ -4,6 +4,8 @@
 __all__ = ['NEWTON_SCHULZ', 'POLAR_EXPRESS', 'METHODS', 'newton_schulz', 'polar_express', 'Muon']
 
 # %% ../nbs/10_muon.ipynb #2
+from functools import cache
+
 import torch
 
 # %% ../nbs/10_muon.ipynb #19
@@ -76,6 +78,28 @@ def _normalize_neurons(update, second_moment, beta2=0.95):
     norm, even_norm = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, even))
     return even * (norm / even_norm.clamp(min=torch.finfo(even.dtype).tiny))
 
+# %% ../nbs/10_muon.ipynb #9fc026ec
+def _directions(grads, momentum, second_moment, mu, nesterov, method, steps):
+    """The orthogonal directions (number, ..., m, n) in which matrices with these `grads` move.
+
+    Changes `momentum` (like `grads`) and `second_moment` (number, ..., m, 1; None to leave neurons as they are) in place.
+    """
+    momentum.lerp_(grads, 1 - mu)
+    ahead = grads.lerp(momentum, mu) if nesterov else momentum          # one step further on
+    update = METHODS[method](ahead, steps)
+    return update if second_moment is None else _normalize_neurons(update, second_moment)
+
+
+@cache
+def _compiled(function): return torch.compile(function, dynamic=False)
+
+# %% ../nbs/10_muon.ipynb #ab02c9d9
+def _decay(params, updates, amount, cautious):
+    "Shrink `params` by `amount` of themselves; with `cautious` only where the update also does. (Chen et al., 2025)"
+    weights = torch.stack(params)
+    if cautious: weights = weights * (weights * updates >= 0)
+    torch._foreach_sub_(params, list(weights), alpha=amount)
+
 # %% ../nbs/10_muon.ipynb #59
 def _check_group(group):
     for p in group["params"]:
@@ -87,20 +111,24 @@ def _check_group(group):
         raise ValueError(f"unknown Muon method {group['method']!r}: choose one of {', '.join(METHODS)}")
 
 # %% ../nbs/10_muon.ipynb #60
+_STACK_NUMBERS = 2**27      # a stack holds no more numbers than this (or one matrix): 0.5 GB in float32
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: `p -= lr · sqrt(max(1, m/n)) · orthogonal(momentum)` for matrices (..., m, n).
 
-    Matrices of one shape are orthogonalized as one batch. `normalize_neurons` evens out the rows (NorMuon, Li et
-    al., 2025); `cautious` decays a weight only where the update also shrinks it (Chen et al., 2025). With
-    `method="newton_schulz"` and both off it is `torch.optim.Muon`. Raises ValueError for a parameter that is no
-    matrix and for a setting out of range. (Jordan, 2024)
+    Matrices of one shape are updated as one stack, compiled if `compile`. `normalize_neurons` evens out the rows
+    (NorMuon, Li et al., 2025); `cautious` decays a weight only where the update also shrinks it (Chen et al., 2025).
+    With `method="newton_schulz"` and both off it is `torch.optim.Muon`. State is float32, gradients are only read.
+    Raises ValueError for a parameter that is no matrix and for a setting out of range. (Jordan, 2024)
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.0, cautious=True,
-                 normalize_neurons=True, method="polar_express", steps=5):
+                 normalize_neurons=True, method="polar_express", steps=5, compile=False):
+        self._stacks = {}
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                                       cautious=cautious, normalize_neurons=normalize_neurons, method=method,
-                                      steps=steps))
+                                      steps=steps, compile=compile))
 
     def add_param_group(self, group):
         "Take one more group of matrices, checked and with the keys that schedules need."
@@ -113,36 +141,42 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        "Update every parameter that has a gradient; gradients are only read."
+        "Update every parameter that has a gradient."
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            stacks = {}
+            same = {}
             for p in group["params"]:
-                if p.grad is not None: stacks.setdefault((p.shape, p.dtype, p.device), []).append(p)
-            for params in stacks.values(): self._step_stack(params, group)
+                if p.grad is not None: same.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            for params in same.values():
+                most = max(1, _STACK_NUMBERS // max(1, params[0].numel()))
+                for i in range(0, len(params), most): self._step_stack(params[i:i + most], group)
         return loss
 
     def _step_stack(self, params, group):
         "One step for `params`, all of one shape (..., m, n)."
-        directions = torch.stack([self._momentum(p, group) for p in params])         # (number, ..., m, n)
-        updates = METHODS[group["method"]](directions, group["steps"])
+        shape, (m, n) = params[0].shape, params[0].shape[-2:]
+        momentum = self._stacked(params, "momentum_buffer", shape)                   # (number, ..., m, n)
+        second_moment = self._stacked(params, "second_moment", (*shape[:-1], 1)) if group["normalize_neurons"] else None
+        grads = torch.stack([p.grad for p in params]).to(momentum.dtype)
+        directions, mu = _directions, group["momentum"]
+        if group["compile"]:                                                         # a new number would compile anew, a tensor doesn't
+            directions, mu = _compiled(_directions), torch.full((), mu, dtype=momentum.dtype, device=momentum.device)
+        updates = directions(grads, momentum, second_moment, mu, group["nesterov"], group["method"], group["steps"])
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-        m, n = params[0].shape[-2:]
-        for p, update in zip(params, updates):
-            if group["normalize_neurons"]: update = _normalize_neurons(update, self.state[p]["second_moment"])
-            if decay: p.sub_(p * (p * update >= 0) if group["cautious"] else p, alpha=decay)
-            p.add_(update, alpha=-lr * max(1, m / n) ** 0.5)
+        if decay: _decay(params, updates, decay, group["cautious"])
+        torch._foreach_add_(params, list(updates), alpha=-lr * max(1, m / n) ** 0.5)
 
-    def _momentum(self, p, group):
-        "The running mean of `p`'s gradients, one step ahead with `nesterov`; state is float32 even for bfloat16 `p`."
-        state, dtype = self.state[p], torch.promote_types(p.dtype, torch.float32)
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
-            if group["normalize_neurons"]:
-                state["second_moment"] = torch.zeros_like(p[..., :1], dtype=dtype)   # (..., m, 1)
-        grad, buffer = p.grad.to(dtype), state["momentum_buffer"]
-        buffer.lerp_(grad, 1 - group["momentum"])
-        return grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+    def _stacked(self, params, name, shape):
+        "State `name` of all `params` as one float32 tensor (number, *shape), of which each parameter's own is a view."
+        stack, views = self._stacks.get((params[0], name), (None, ()))
+        own = [self.state[p].get(name) for p in params]
+        if len(own) != len(views) or any(a is not b for a, b in zip(own, views)):    # new, loaded, or in other company
+            zero = params[0].new_zeros(shape, dtype=torch.promote_types(params[0].dtype, torch.float32))
+            stack = torch.stack([zero if state is None else state for state in own])
+            views = list(stack)
+            for p, view in zip(params, views): self.state[p][name] = view
+            self._stacks[params[0], name] = stack, views
+        return stack
 
     def load_state_dict(self, state_dict):
         "Load copies of what `state_dict()` gave, as saved: torch's own loader rounds state to the parameter's dtype."
@@ -151,3 +185,8 @@ class Muon(torch.optim.Optimizer):
             for p, key in zip(group["params"], saved["params"]):
                 if key in state_dict["state"]:
                     self.state[p] = {k: v.to(p.device, copy=True) for k, v in state_dict["state"][key].items()}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._stacks = {}
+        for group in self.param_groups: group.setdefault("compile", False)           # saved before there was one
