@@ -28,6 +28,7 @@ setup(
         "console_scripts": [
             "daisy-train=daisy.real_run:train_main",
             "daisy-sample=daisy.real_run:sample_main",
+            "daisy-bench=daisy.real_run:bench_main",
             "daisy-build-shards=daisy.shards:main",
             "daisy-run-lessons=daisy.lesson:main",
         ],

@@ -4,14 +4,18 @@
 __all__ = ['MODEL_CLASSES', 'DEFAULT_PROMPT', 'MAX_SAMPLE_TOKENS', 'TEMPLATE', 'get_model_class', 'choose_device', 'prepare_data',
            'run_encoding', 'choose_compute_dtype', 'build_model', 'load_model', 'run_optimizers', 'run_schedule',
            'restore', 'compressor_bits_per_byte', 'validation_text', 'describe', 'print_continuation', 'Run',
-           'one_line_errors', 'read_run_config', 'train_main', 'read_prompt', 'sample_main']
+           'one_line_errors', 'read_run_config', 'train_main', 'read_prompt', 'sample_main', 'bench_run', 'bench_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
 import gzip
 import lzma
 import os
+import shlex
+import statistics
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,8 +31,9 @@ from .loader import TokenLoader, validation_batches
 from .optim import build_optimizers, load_optimizer_state
 from .schedules import Schedule
 from .shards import build_corpus_shards, read_shard, shard_files, shard_length
+from .speed import append_row, bench_attention, bench_model, result_row
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
-from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate
+from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics
 
 # %% ../nbs/23_real_run.ipynb #8
 MODEL_CLASSES = {"gpt2": GPT}
@@ -168,10 +173,11 @@ def print_continuation(model: GPT, encoding, prompt: str, max_tokens: int, sampl
 class Run:
     """One training run, wired together from its config: data, model, optimizers, schedule, trainer.
 
-    Construction checks everything that can be checked before the first step, and writes nothing but corpus shards.
+    Construction checks everything that can be checked before the first step, and writes nothing but corpus shards. The
+    compiled model of a run `like` it in shape is used again, with new weights.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, like: "Run | None" = None):
         self.config, self.device = config, choose_device(config.device)
         self.train_files, self.val_files = shard_files(config.train_files), shard_files(config.val_files)
         for file in (*self.train_files, *self.val_files):
@@ -186,9 +192,20 @@ class Run:
         self.model = build_model(config.model_type, values, self.device, config.attention, config.seed)
         self.model.extend_rope(config.val_seq_len)
         self.compiled = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
-        self.fast_model = compile_gpt(self.model) if self.compiled else self.model
+        self.fast_model = self._compile(like)
         self.optimizers = run_optimizers(config, self.model)
         self.token_bytes = torch.from_numpy(token_byte_lengths(self.encoding))
+
+    def _compile(self, like: "Run | None"):
+        "What trains: the model itself, its compiled twin, or that of a run `like` this one, which saves a minute."
+        if not self.compiled:
+            return self.model
+        if like is None or not like.compiled or (like.model.config, like.model.backend) != (self.model.config, self.model.backend):
+            return compile_gpt(self.model)
+        like.model.load_state_dict(self.model.state_dict())
+        like.model.zero_grad(set_to_none=True)
+        self.model = like.model
+        return like.fast_model
 
     def train(self) -> bool:
         "Resume or start, train to the end and print the result; False where there was nothing left to do."
@@ -203,16 +220,21 @@ class Run:
         if resume_from is not None and str(resume_from) != config.init_checkpoint:
             progress = self._load(resume_from)
         print(describe(config, self.model, self.device, self.compiled, self.rows, self.accumulation))
+        evaluation = self.fit(progress)
+        finish_run(self.directory)
+        self._print_result(evaluation, progress)
+        return True
+
+    def fit(self, progress: Progress):
+        "Train from `progress` to the last step; returns the last validation."
+        config = self.config
         loader = TokenLoader(self.train_files, self.rows, config.max_seq_len, eos_id=self.eos_id, mode=config.loader_mode,
                              begin_shard=config.begin_shard, position=progress.position, vocab_size=config.vocab_size,
                              device=self.device)
         try:
-            evaluation = self._trainer(loader, progress).train()
+            return self._trainer(loader, progress).train()
         finally:
             loader.close()
-        finish_run(self.directory)
-        self._print_result(evaluation, progress)
-        return True
 
     def _load(self, path, only_weights: bool = False) -> Progress:
         progress = restore(load_checkpoint(path), self.model, self.optimizers, only_weights)
@@ -362,3 +384,119 @@ def sample_main(argv: list[str] | None = None) -> int:
         print_continuation(model, encoding, read_prompt(args.prompt, args.raw), args.max_tokens, sampling, args.seed)
         return 0
     return one_line_errors("sample.py", body)
+
+# %% ../nbs/23_real_run.ipynb #04a73ad2
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _bench_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="daisy-bench", description="Measure, and append one line of JSON a measurement.")
+    what = parser.add_subparsers(dest="what", required=True)
+    attention = what.add_parser("attention", help="forward and backward of the attention kernels")
+    attention.add_argument("--backends", default="flex,flash,sdpa", help="separated by commas (%(default)s)")
+    attention.add_argument("--seq_lens", type=_numbers, default=[2048, 32768], help="tokens in a row, separated by commas")
+    attention.add_argument("--windows", type=_numbers, default=[0, 1024], help="keys, 0 = all before, separated by commas")
+    attention.add_argument("--documents", type=_numbers, default=[0], help="tokens in a document on average, 0 = one a row, separated by commas")
+    attention.add_argument("--tokens", type=int, default=32768, help="at a time: as many rows as make these (%(default)s)")
+    attention.add_argument("--num_heads", type=int, default=8)
+    attention.add_argument("--head_dim", type=int, default=128)
+    model = what.add_parser("model", help="forward and backward of a config's model")
+    model.add_argument("--documents", type=int, default=0, help="tokens in a document on average, 0 = one a row")
+    model.add_argument("--optimizer", action="store_true", help="time the optimizers' step too, and count their state")
+    runs = what.add_parser("train", help="whole runs of a config: variants, each with several seeds")
+    runs.add_argument("--seeds", type=int, default=1, help="runs of each variant")
+    runs.add_argument("--variant", action="append", default=[], metavar="NAME: key=value ...", help="what to change; may be given several times")
+    runs.add_argument("--target", type=float, help="validation loss whose time is to be reported")
+    for command in (model, runs):
+        command.add_argument("config", help="a YAML file of config/")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+        command.add_argument("--name", default="", help="the row's name")
+    for command in (attention, model, runs):
+        command.add_argument("--out", help="the JSONL file to append to (results/WHAT.jsonl)")
+        command.add_argument("--commit", help="what the row says of the code's commit, where git can't")
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser
+
+# %% ../nbs/23_real_run.ipynb #065fcd3f
+def _attention_rows(args, device):
+    "A measurement for each backend, length, window and kind of documents; windows beyond a row are left out."
+    for seq_len in args.seq_lens:
+        for window in (w for w in args.windows if w < seq_len):
+            for documents in args.documents:
+                for backend in args.backends.split(","):
+                    dtype = choose_compute_dtype(device)
+                    yield backend, bench_attention(backend, max(1, args.tokens // seq_len), seq_len, window, device, num_heads=args.num_heads,
+                                                   head_dim=args.head_dim, document_tokens=documents, dtype=dtype)
+
+
+def _model_rows(args, device):
+    "One measurement: a micro-batch of the config's model on one device."
+    config = load_config(args.config, args.overrides)
+    eos_id = config.vocab_size - 1 if config.eos_token_id is None else config.eos_token_id
+    model = build_model(config.model_type, config_to_dict(config) | dict(eos_token_id=eos_id), device, config.attention, config.seed)
+    rows = config.global_batch_size // accumulation_steps(config, world_size=1)
+    optimizers = run_optimizers(config, model) if args.optimizer else ()
+    compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+    measured = bench_model(model, rows, config.max_seq_len, device, document_tokens=args.documents, compiled=compiled, optimizers=optimizers)
+    yield args.name or Path(args.config).stem, measured | dict(activation_checkpointing=config.activation_checkpointing)
+
+# %% ../nbs/23_real_run.ipynb #8f67dfb5
+def bench_run(config: TrainConfig, target: float | None = None, like: Run | None = None) -> tuple[dict, Run]:
+    """Train `config` in a temporary folder, without checkpoints; returns shape, losses and times, and the run.
+
+    `val_curve` holds (step, validation loss); `train_s` is the time of all steps as if the first took no longer than the
+    median one, `compile_s` the rest; `seconds_to_target` is when a validation first was at `target` or below, else None.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(replace(config, checkpoint_dir=folder, save_checkpoint=False, resume="never"), like)
+        evaluation = run.fit(Progress())
+        rows = read_metrics(Path(folder) / "metrics.jsonl")
+    steps, curve = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+    batch_tokens = config.global_batch_size * config.max_seq_len
+    median_s = batch_tokens / statistics.median(row["tok_s"] for row in steps)
+    compile_s = max(0.0, steps[0]["train_s"] - median_s)
+    reached = [row["train_s"] - compile_s for row in curve if target is not None and row["val_loss"] <= target]
+    measured = dict(
+        num_layers=config.num_layers, model_dim=config.model_dim, max_seq_len=config.max_seq_len, batch_tokens=batch_tokens,
+        params=sum(p.numel() for p in run.model.parameters()), steps=config.num_iterations, seed=config.seed, attention=run.model.backend,
+        val_loss=evaluation.loss, val_curve=[[row["step"], round(row["val_loss"], 4)] for row in curve],
+        train_s=round(steps[-1]["train_s"] - compile_s, 2), compile_s=round(compile_s, 1), tok_s=round(batch_tokens / median_s),
+        **(dict(target=target, seconds_to_target=round(reached[0], 1) if reached else None) if target is not None else {}))
+    return measured, run
+
+
+def _run_rows(args, device):
+    "A measurement for each variant and seed, and one that sums up the seeds of a variant."
+    run = None
+    for variant in args.variant or [args.name or Path(args.config).stem]:
+        name, _, changes = variant.partition(":")
+        config = load_config(args.config, [*args.overrides, *changes.split()])
+        done = []
+        for seed in range(config.seed, config.seed + args.seeds):
+            measured, run = bench_run(replace(config, seed=seed), args.target, run)
+            done.append(measured)
+            yield name, dict(variant=name, changes=changes.strip(), **done[-1])
+        if len(done) > 1:
+            losses = [row["val_loss"] for row in done]
+            yield name, done[0] | dict(variant=name, changes=changes.strip(), seed=None, seeds=[row["seed"] for row in done], val_loss=statistics.mean(losses),
+                                       val_std=statistics.stdev(losses), train_s=statistics.median(row["train_s"] for row in done))
+
+
+def bench_main(argv: list[str] | None = None) -> int:
+    "The command `daisy-bench attention|model|train ...`; returns the exit code."
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _bench_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+    def body():
+        device = choose_device(args.device)
+        rows = dict(attention=_attention_rows, model=_model_rows, train=_run_rows)[args.what](args, device)
+        for name, measured in rows:
+            row = result_row(name, shlex.join(["daisy-bench", *argv]), device, args.commit, **measured)
+            append_row(args.out or f"results/{args.what}.jsonl", row)
+            print(", ".join(f"{field} {value}" for field, value in measured.items() if field not in ("kinds_ms", "val_curve")), flush=True)
+        return 0
+    return one_line_errors("daisy-bench", body)
