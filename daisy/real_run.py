@@ -385,7 +385,7 @@ def sample_main(argv: list[str] | None = None) -> int:
         return 0
     return one_line_errors("sample.py", body)
 
-# %% ../nbs/23_real_run.ipynb #04a73ad2
+# %% ../nbs/23_real_run.ipynb #71d74b11
 def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
@@ -393,7 +393,7 @@ def _numbers(text: str) -> list[int]:
 def _bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="daisy-bench", description="Measure, and append one line of JSON a measurement.")
     what = parser.add_subparsers(dest="what", required=True)
-    attention = what.add_parser("attention", help="forward and backward of the attention kernels")
+    attention = what.add_parser("attention", allow_abbrev=False, help="forward and backward of the attention kernels")
     attention.add_argument("--backends", default="flex,flash,sdpa", help="separated by commas (%(default)s)")
     attention.add_argument("--seq_lens", type=_numbers, default=[2048, 32768], help="tokens in a row, separated by commas")
     attention.add_argument("--windows", type=_numbers, default=[0, 1024], help="keys, 0 = all before, separated by commas")
@@ -401,16 +401,15 @@ def _bench_parser() -> argparse.ArgumentParser:
     attention.add_argument("--tokens", type=int, default=32768, help="at a time: as many rows as make these (%(default)s)")
     attention.add_argument("--num_heads", type=int, default=8)
     attention.add_argument("--head_dim", type=int, default=128)
-    model = what.add_parser("model", help="forward and backward of a config's model")
+    model = what.add_parser("model", allow_abbrev=False, help="forward and backward of a config's model")
     model.add_argument("--documents", type=int, default=0, help="tokens in a document on average, 0 = one a row")
     model.add_argument("--optimizer", action="store_true", help="time the optimizers' step too, and count their state")
-    runs = what.add_parser("train", help="whole runs of a config: variants, each with several seeds")
+    runs = what.add_parser("train", allow_abbrev=False, help="whole runs of a config: variants, each with several seeds")
     runs.add_argument("--seeds", type=int, default=1, help="runs of each variant")
     runs.add_argument("--variant", action="append", default=[], metavar="NAME: key=value ...", help="what to change; may be given several times")
     runs.add_argument("--target", type=float, help="validation loss whose time is to be reported")
     for command in (model, runs):
-        command.add_argument("config", help="a YAML file of config/")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+        command.add_argument("config", help="a YAML file of config/; key=value changes it, before or after the options")
         command.add_argument("--name", default="", help="the row's name")
     for command in (attention, model, runs):
         command.add_argument("--out", help="the JSONL file to append to (results/WHAT.jsonl)")
@@ -418,7 +417,7 @@ def _bench_parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser
 
-# %% ../nbs/23_real_run.ipynb #065fcd3f
+# %% ../nbs/23_real_run.ipynb #dd5f1e4b
 def _attention_rows(args, device):
     "A measurement for each backend, length, window and kind of documents; windows beyond a row are left out."
     for seq_len in args.seq_lens:
@@ -441,7 +440,7 @@ def _model_rows(args, device):
     measured = bench_model(model, rows, config.max_seq_len, device, document_tokens=args.documents, compiled=compiled, optimizers=optimizers)
     yield args.name or Path(args.config).stem, measured | dict(activation_checkpointing=config.activation_checkpointing)
 
-# %% ../nbs/23_real_run.ipynb #8f67dfb5
+# %% ../nbs/23_real_run.ipynb #3bfdbc29
 def bench_run(config: TrainConfig, target: float | None = None, like: Run | None = None) -> tuple[dict, Run]:
     """Train `config` in a temporary folder, without checkpoints; returns shape, losses and times, and the run.
 
@@ -483,11 +482,20 @@ def _run_rows(args, device):
                                        val_std=statistics.stdev(losses), train_s=statistics.median(row["train_s"] for row in done))
 
 
+def _repeatable(argv: list[str]) -> str:
+    "The command as someone else would type it: without where its rows went and what was said of the commit."
+    kept = [word for before, word in zip(["", *argv], argv) if not {before, word} & {"--out", "--commit"}]
+    return shlex.join(["daisy-bench", *kept])
+
+
 def bench_main(argv: list[str] | None = None) -> int:
     "The command `daisy-bench attention|model|train ...`; returns the exit code."
     argv = sys.argv[1:] if argv is None else argv
+    parser = _bench_parser()
     try:
-        args = _bench_parser().parse_args(argv)
+        args, args.overrides = parser.parse_known_args(argv)
+        if wrong := [word for word in args.overrides if "=" not in word or args.what == "attention"]:
+            parser.error(f"not an option and not key=value: {' '.join(wrong)}")
     except SystemExit as stop:
         return int(stop.code or 0)
 
@@ -495,7 +503,7 @@ def bench_main(argv: list[str] | None = None) -> int:
         device = choose_device(args.device)
         rows = dict(attention=_attention_rows, model=_model_rows, train=_run_rows)[args.what](args, device)
         for name, measured in rows:
-            row = result_row(name, shlex.join(["daisy-bench", *argv]), device, args.commit, **measured)
+            row = result_row(name, _repeatable(argv), device, args.commit, **measured)
             append_row(args.out or f"results/{args.what}.jsonl", row)
             print(", ".join(f"{field} {value}" for field, value in measured.items() if field not in ("kinds_ms", "val_curve")), flush=True)
         return 0
