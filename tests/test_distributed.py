@@ -79,8 +79,12 @@ before = stack.clone()
 own = reduce_scatter_mean(stack, ranks).wait()
 whole = all_gather(own, 5, ranks).wait()
 few = all_gather(torch.ones(1, 2)[:ranks.share(1).stop - ranks.share(1).start] * 7, 1, ranks).wait()
+even = torch.ones(6, 4) * (rank + 1)                       # nothing to pad: the message is the caller's own memory
+evenly = reduce_scatter_mean(even, ranks).wait()
+gathered = all_gather(evenly, 6, ranks).wait()
+untouched = torch.equal(stack, before) and torch.equal(even, torch.ones(6, 4) * (rank + 1))
 mean, total = mean_over_ranks(stack, ranks), sum_over_ranks(torch.tensor(rank + 1), ranks)
-save(own=own, whole=whole, few=few, mean=mean.wait(), total=total.wait(), untouched=torch.equal(stack, before),
+save(own=own, whole=whole, few=few, mean=mean.wait(), total=total.wait(), untouched=untouched, gathered=gathered,
      first=from_first({"path": f"rank {rank}"}, ranks), again=mean.wait())
 leave_ranks(ranks)
 """
@@ -94,6 +98,7 @@ def test_exchanges(number, tmp_path):
         torch.testing.assert_close(report["own"], mean[Ranks(rank, number).share(5)])
         torch.testing.assert_close(report["whole"], mean)
         torch.testing.assert_close(report["mean"], mean)
+        torch.testing.assert_close(report["gathered"], torch.full((6, 4), (number + 1) / 2))
         assert torch.equal(report["mean"], report["again"]) and report["untouched"] and torch.equal(report["few"], torch.full((1, 2), 7.))
         assert report["total"] == number * (number + 1) // 2 and report["first"] == {"path": "rank 0"}
 
