@@ -12,7 +12,7 @@ from torch import nn
 from daisy.gpt import GPT, GPTConfig
 from daisy.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, newton_schulz, polar_express
 from daisy.optim import GROUPS, build_optimizers, load_optimizer_state, parameter_groups, update_to_weight_ratios
-from daisy.schedules import COOLDOWN_SHAPES, Schedule, set_hyperparameters
+from daisy.schedules import COOLDOWN_SHAPES, Schedule, lr_factors, set_hyperparameters
 
 RATES = dict(embed_params_lr=0.3, value_embed_lr=0.15, scalar_params_lr=0.05, hidden_matrix_params_lr=0.02, head_params_lr=0.008)
 
@@ -287,6 +287,37 @@ def test_every_parameter_in_exactly_one_group(changes):
         assert len(in_groups) == len(set(in_groups)) and set(in_groups) == set(members)
 
 
+def test_gates_have_their_own_groups_and_rates():
+    model = tiny_gpt(depth_skips=True, num_layers=4)
+    groups = parameter_groups(model)
+    assert groups["x0_gates"] == [model.x0_gates] and groups["residual_gates"] == [model.residual_gates]
+    assert any(p is model.skip_gates for p in groups["scalar"])
+
+    def rates(**changes):
+        return {group["name"]: group["initial_lr"] for o in build_optimizers(model, **RATES, **changes) for group in o.param_groups}
+    assert {rates()[name] for name in ("x0_gates", "residual_gates", "scalar")} == {0.05}
+    own = rates(x0_gates_lr=0.5, residual_gates_lr=0.0)
+    assert (own["x0_gates"], own["residual_gates"], own["scalar"]) == (0.5, 0.0, 0.05)
+    assert all(group["weight_decay"] == 0 for o in build_optimizers(model, adamw_weight_decay=0.1, **RATES) for group in o.param_groups
+               if group["name"] in ("x0_gates", "residual_gates", "scalar"))
+
+
+def test_adamw_throughout_has_its_own_rate_for_matrices():
+    def matrix_lr(kind, **changes):
+        optimizers = build_optimizers(tiny_gpt(), optimizer=kind, **RATES, **changes)
+        return next(group["lr"] for o in optimizers for group in o.param_groups if group["name"] == "matrix")
+    assert matrix_lr("adamw", adamw_matrix_lr=0.003) == 0.003 and matrix_lr("adamw") == 0.02
+    assert matrix_lr("muon", adamw_matrix_lr=0.003) == 0.02
+
+
+def test_variants_of_muon_are_keywords():
+    settings = dict(muon_method="newton_schulz", muon_normalize_neurons=False, muon_cautious=False)
+    matrix = build_optimizers(tiny_gpt(), **RATES, **settings)[1].param_groups[0]
+    assert (matrix["method"], matrix["normalize_neurons"], matrix["cautious"], matrix["compile"]) == ("newton_schulz", False, False, False)
+    with pytest.raises(ValueError, match="svd"):
+        build_optimizers(tiny_gpt(), **RATES, muon_method="svd")
+
+
 def test_an_unknown_parameter_and_optimizer_are_named():
     model = tiny_gpt()
     model.router = nn.Linear(4, 3, bias=False)
@@ -344,7 +375,8 @@ schedules = st.builds(
     Schedule, total_iters=st.integers(1, 500), warmup_steps=st.integers(0, 100), cooldown_frac=st.floats(0, 1),
     final_lr_frac=st.floats(0, 1), cooldown_shape=st.sampled_from(sorted(COOLDOWN_SHAPES)), momentum_peak=st.floats(0.9, 1),
     momentum_start=st.floats(0, 0.9), momentum_warmup_steps=st.integers(0, 100), momentum_cooldown_steps=st.integers(0, 100),
-    window_start=st.none() | st.floats(0.01, 1), window_warmup_frac=st.floats(0, 1), window_stages=st.integers(2, 9))
+    window_start=st.none() | st.floats(0.01, 1), window_warmup_frac=st.floats(0, 1), window_stages=st.integers(2, 9),
+    batch_start=st.none() | st.floats(0.01, 1), batch_warmup_frac=st.floats(0, 1), batch_stages=st.integers(2, 9))
 
 
 @settings(max_examples=100, deadline=None)
@@ -360,6 +392,10 @@ def test_schedules_rise_then_fall_within_their_bounds(schedule):
     windows = [schedule.window_fraction(step) for step in steps]
     assert sorted(windows) == windows and max(windows) <= 1 + 1e-9 and len(set(windows)) <= schedule.window_stages
     assert schedule.window_fraction(schedule.total_iters) == pytest.approx(1)
+    for full in (1, 3, 8):
+        pieces = [schedule.accumulation_steps(step, full) for step in steps]
+        assert sorted(pieces) == pieces and 1 <= pieces[0] and schedule.accumulation_steps(schedule.total_iters, full) == full
+        assert len(set(pieces)) <= schedule.batch_stages and (schedule.batch_start is not None or set(pieces) == {full})
 
 
 @settings(max_examples=50, deadline=None)
@@ -391,9 +427,25 @@ def test_setting_twice_is_setting_once():
     assert matrix["lr"] == pytest.approx(0.02 * 0.4) and matrix["weight_decay"] == pytest.approx(0.1 * 0.4) and matrix["momentum"] == 0.95
 
 
-@pytest.mark.parametrize("mistake", [dict(total_iters=0), dict(cooldown_frac=50), dict(cooldown_shape="sqrt"), dict(window_start=0.0),
+@pytest.mark.parametrize("mistake", [dict(total_iters=0), dict(cooldown_frac=50), dict(cooldown_shape="sqrt"), dict(window_start=0.0), dict(batch_start=1.5), dict(batch_stages=1),
                                      dict(warmup_steps=-1)])
 def test_a_setting_out_of_range_is_named(mistake):
     with pytest.raises(ValueError, match=next(iter(mistake))) as error:
         Schedule(**{"total_iters": 10, **mistake})
     assert "\n" not in str(error.value)
+
+
+@given(width=st.integers(16, 4096), tokens=st.integers(1, 10**7), kind=st.sampled_from(["muon", "adamw"]))
+def test_learning_rates_follow_batch_and_width(width, tokens, kind):
+    here, base = lr_factors(width, tokens, kind), lr_factors(768, 524_288, kind)
+    assert set(here) == set(GROUPS) and set(base.values()) == {1.0}
+    four_batches, four_widths = lr_factors(width, 4 * tokens, kind), lr_factors(4 * width, tokens, kind)
+    for name in GROUPS:
+        assert four_batches[name] == pytest.approx(2 * here[name])
+        slower = {"embed": 2, "value_embeds": 2, "head": 2, "matrix": 4 if kind == "adamw" else 1}.get(name, 1)
+        assert four_widths[name] == pytest.approx(here[name] / slower)
+
+
+def test_a_model_without_width_has_no_rate():
+    with pytest.raises(ValueError, match="model_dim=0"):
+        lr_factors(0, 1024)
