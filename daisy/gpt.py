@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['VOCAB_MULTIPLE', 'soft_cap', 'token_logits', 'cross_entropy', 'GPTConfig', 'Smear', 'run_block', 'GPT', 'CompiledGPT',
-           'compile_gpt', 'count_parameters', 'flops_per_token']
+           'compile_gpt', 'count_parameters', 'flops_per_token', 'activation_bytes']
 
 # %% ../nbs/09_gpt.ipynb #2
 # Tensor legend: B batch, T tokens, N = B * T, D model, H heads, K key-value heads, hd head dim, V vocabulary, L layers
@@ -388,3 +388,17 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
 def _mean_keys(window: int, seq_len: int) -> float:
     "Keys that a token sees on average in a row of one document: min(i + 1, window) over i < seq_len."
     return window - window * (window - 1) / (2 * seq_len)
+
+# %% ../nbs/09_gpt.ipynb #b59e0086
+def activation_bytes(model: GPT, tokens: int) -> int:
+    """Bytes that a forward pass over `tokens` tokens keeps for the way back, as the config's activation_checkpointing says.
+
+    An estimate for blocks with an MLP, within 5% of what torch keeps in float32; weights and their rounded copies, masks and the head,
+    which keep no more than a few vectors a token, are left out.
+    """
+    c = model.config
+    D, A, K, F = c.model_dim, c.num_heads * c.head_dim, c.kv_heads * c.head_dim, c.mlp_ratio * c.model_dim
+    layer, value_layer = {"none": (5 * D + 3 * A + 3 * K + 2 * F, 2 * K), "cheap": (4 * D + 2 * A + 2 * K + F, K),
+                          "full": (2 * D, K)}[c.activation_checkpointing]
+    numbers = c.num_layers * layer + len(c.value_embed_layers) * value_layer + 3 * D  # the embedding and the last stream
+    return tokens * numbers * model.compute_dtype.itemsize
