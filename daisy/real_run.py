@@ -107,9 +107,11 @@ def run_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimize
     return build_optimizers(
         model, optimizer=config.optimizer, embed_params_lr=config.embed_params_lr, value_embed_lr=config.value_embed_lr,
         scalar_params_lr=config.scalar_params_lr, hidden_matrix_params_lr=config.hidden_matrix_params_lr,
-        head_params_lr=config.head_params_lr, adamw_betas=(config.adamw_beta1, config.adamw_beta2), adamw_eps=config.adamw_eps,
+        head_params_lr=config.head_params_lr, x0_gates_lr=config.x0_gates_lr, residual_gates_lr=config.residual_gates_lr,
+        adamw_matrix_lr=config.adamw_matrix_lr, adamw_betas=(config.adamw_beta1, config.adamw_beta2), adamw_eps=config.adamw_eps,
         adamw_weight_decay=config.adamw_weight_decay, muon_weight_decay=config.muon_weight_decay,
-        muon_momentum=config.muon_momentum)
+        muon_momentum=config.muon_momentum, muon_method=config.muon_method, muon_normalize_neurons=config.muon_normalize_neurons,
+        muon_cautious=config.muon_cautious)
 
 
 def run_schedule(config: TrainConfig) -> Schedule:
