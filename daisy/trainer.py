@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
+from .distributed import RankLost, Ranks, sum_over_ranks
 from .loader import IGNORE, Batch
+from .optim import take_step
 from .schedules import Schedule, set_hyperparameters
 from .tokens import bits_per_byte
 
@@ -39,10 +41,11 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, token_bytes: Tensor | None = None) -> Evaluation:
+def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, token_bytes: Tensor | None = None,
+             ranks: Ranks = Ranks()) -> Evaluation:
     """Score every target of `batches` that isn't IGNORE; `token_bytes` (V,) is the length of each token's text in bytes.
 
-    ValueError if there is no such target.
+    Several ranks score batches of their own, and all get the result of all. ValueError if there is no such target.
     """
     was_training, losses, counts, lengths = model.training, [], [], []
     model.eval()
@@ -54,11 +57,17 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, t
         if token_bytes is not None:
             lengths.append((token_bytes.to(device)[targets.clamp(min=0)] * scored).sum())
     model.train(was_training)
-    tokens, num_bytes = sum(map(int, counts)), sum(map(int, lengths))  # read here, once all batches are under way
+    nats = sum(loss.item() * int(count) for loss, count in zip(losses, counts) if count)  # read here, once all batches are under way
+    nats, tokens, num_bytes = _summed([nats, sum(map(int, counts)), sum(map(int, lengths))], ranks)
     if tokens == 0:
         raise ValueError("nothing to validate on: the validation files hold no target token")
-    nats = sum(loss.item() * int(count) for loss, count in zip(losses, counts) if count)
-    return Evaluation(nats / tokens, bits_per_byte(nats, num_bytes) if num_bytes else None, tokens)
+    return Evaluation(nats / tokens, bits_per_byte(nats, num_bytes) if num_bytes else None, int(tokens))
+
+
+def _summed(numbers: list[float], ranks: Ranks) -> list[float]:
+    "Each of `numbers`, summed over the ranks."
+    if ranks.world_size == 1: return numbers
+    return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=ranks.device), ranks).wait().tolist()
 
 # %% ../nbs/16_trainer.ipynb #19
 PEAK_BF16_FLOPS = {  # dense bf16 operations a second, from the makers' data sheets; the first words found in a GPU's name count
@@ -119,12 +128,14 @@ class TrainingStopped(Exception):
 
 
 @contextmanager
-def catch_signals(signals=(signal.SIGINT, signal.SIGTERM)):
+def catch_signals(signals=(signal.SIGINT, signal.SIGTERM), same_within_s: float = 0.0):
     """Within this block the first of these signals is only noted, in the list that is yielded; a second acts as usual.
 
-    Outside the main thread, where Python delivers no signals, the list stays empty.
+    The same one within `same_within_s` is no second: a launcher passes on what the scheduler has sent to all. Outside
+    the main thread, where Python delivers no signals, the list stays empty.
     """
     caught: list[int] = []
+    first_s = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
@@ -135,8 +146,14 @@ def catch_signals(signals=(signal.SIGINT, signal.SIGTERM)):
             signal.signal(s, handler)
 
     def note(signum, frame):
-        caught.append(signum)
-        restore()
+        nonlocal first_s
+        if caught and not (signum == caught[0] and time.monotonic() < first_s + same_within_s):
+            restore()
+            signal.raise_signal(signum)
+        elif not caught:
+            caught.append(signum)
+            first_s = time.monotonic()
+            if not same_within_s: restore()  # so that a second one acts even where Python is waiting for something
 
     for s in signals:
         signal.signal(s, note)
@@ -157,11 +174,11 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress_bar(start_step: int, num_iterations: int) -> tqdm:
+def progress_bar(start_step: int, num_iterations: int, show: bool = True) -> tqdm:
     "A bar that moves, in a terminal or a notebook; a line a minute where stderr goes to a file or a pipe."
-    how = dict(dynamic_ncols=True)
+    how = dict(dynamic_ncols=True, disable=not show)
     if not (issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()):
-        how = dict(file=_Lines(), delay=1, mininterval=60, maxinterval=60,
+        how |= dict(dynamic_ncols=False, file=_Lines(), delay=1, mininterval=60, maxinterval=60,
                    bar_format="step {n_fmt} of {total_fmt}{postfix}, {elapsed} gone, {remaining} left")
     return tqdm(initial=start_step, total=num_iterations, unit="step", **how)
 
@@ -188,7 +205,8 @@ class Progress:
 class _Unread:
     "A step that has been handed to the device, and what is to be read of it when it is done."
     step: int
-    values: Tensor  # loss and gradient norm, on their way to the CPU
+    values: Tensor   # loss and gradient norm, on their way to the CPU
+    signals: Tensor  # the signal that each rank had caught, 0 for none, with them
     done: "torch.cuda.Event | float"  # when they have arrived
     tokens: int
     tokens_seen: int
@@ -201,55 +219,70 @@ class Trainer:
     It is handed everything: the model, its optimizers, a schedule, an endless loader, and three functions:
     `validate() -> Evaluation`, `snapshot(progress) -> path` and `log(**row)`. `last_checkpoint` is what `progress` came from;
     `set_window(fraction)`, if given, is told how much of the attention windows the schedule lets the model see.
+
+    Several `ranks` train together: each has its own trainer and loader, all do the same at the same step, and the first
+    alone shows and logs. `snapshot` is called on all, since each holds a part of the optimizers' state.
     """
 
     def __init__(self, model: nn.Module, optimizers: list, schedule: Schedule, loader, *, accumulation_steps: int,
                  device: torch.device, validate: Callable[[], Evaluation], snapshot: Callable[[Progress], object],
                  log: Callable[..., None], progress: Progress, num_iterations: int, val_loss_every: int, val_snapshot_every: int = 1,
                  snapshot_skip: int = 0, save_checkpoint: bool = True, log_every: int = 1, grad_clip: float = 0.0,
-                 flops_per_token: float = 0.0, last_checkpoint: object = None, set_window: Callable[[float], None] | None = None):
+                 flops_per_token: float = 0.0, last_checkpoint: object = None, set_window: Callable[[float], None] | None = None,
+                 ranks: Ranks = Ranks()):
         self.model, self.optimizers, self.schedule, self.loader = model, optimizers, schedule, loader
         self.accumulation_steps, self.device, self.grad_clip = accumulation_steps, device, grad_clip
-        self.validate, self.snapshot, self.log, self.progress = validate, snapshot, log, progress
+        self.validate, self.snapshot, self.progress, self.ranks = validate, snapshot, progress, ranks
+        self.log = log if ranks.rank == 0 else lambda **row: None
         self.num_iterations, self.val_loss_every, self.val_snapshot_every = num_iterations, val_loss_every, val_snapshot_every
         self.snapshot_skip, self.save_checkpoint, self.log_every = snapshot_skip, save_checkpoint, log_every
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(device)
         self.last_checkpoint, self.saved_step, self.set_window = last_checkpoint, progress.step, set_window
         self.unread: deque[_Unread] = deque()
+        self.caught: list[int] = []  # signals that this process has got
+        self.stop_signal = 0         # the first that all ranks know of
         self.read_later = 1 if device.type == "cuda" else 0  # steps that the GPU may be ahead of what we know
 
     def train(self) -> Evaluation:
-        "Train to the last step and return the last validation. Raises TrainingStopped or BadLoss."
+        "Train to the last step and return the last validation. Raises TrainingStopped, BadLoss or RankLost."
+        several, first = self.ranks.world_size > 1, self.ranks.rank == 0
+        with (catch_signals(same_within_s=5.0 * several) as self.caught,
+              progress_bar(self.progress.step, self.num_iterations, show=first) as self.bar):
+            try:
+                return self._train()
+            except RankLost as lost:
+                if self.caught:  # whoever ends the other ranks has told us too, and says why
+                    raise SystemExit(128 + self.caught[0]) from lost
+                raise
+
+    def _train(self) -> Evaluation:
         p, evaluation = self.progress, None
-        with catch_signals() as caught, progress_bar(p.step, self.num_iterations) as self.bar:
-            if p.step == 0:
-                self._set_schedules()
-                self._validate()
-            self.clock = self._now()
-            while p.step < self.num_iterations:
-                self._report(self.train_step())
-                if self._is_due(self.val_loss_every):
-                    evaluation = self._validate()
-                if caught or self._snapshot_due():
-                    self._snapshot()
-                if caught:
-                    raise TrainingStopped(caught[0])
-            return evaluation or self._validate()
+        if p.step == 0:
+            self._set_schedules()
+            self._validate()
+        self.clock = self._now()
+        while p.step < self.num_iterations:
+            self._report(self.train_step())
+            if self._is_due(self.val_loss_every):
+                evaluation = self._validate()
+            if self.stop_signal or self._snapshot_due():
+                self._snapshot()
+            if self.stop_signal:
+                raise TrainingStopped(self.stop_signal)
+        return evaluation or self._validate()
 
     def train_step(self) -> _Unread:
-        "One optimizer step on the mean loss over all targets of `accumulation_steps` batches."
+        "One optimizer step on the mean loss over all targets of `accumulation_steps` batches of each rank."
         p, before = self.progress, self.progress.position
         self._set_schedules()
         batches = [next(self.loader) for _ in range(self.accumulation_steps)]
         loss = self._accumulate(batches)
-        norm = self._clip()
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        tokens = sum(batch.inputs.numel() for batch in batches)
+        norm = take_step(self.optimizers, self.grad_clip)
+        tokens = sum(batch.inputs.numel() for batch in batches) * self.ranks.world_size
         p.step, p.tokens_seen, p.position = p.step + 1, p.tokens_seen + tokens, batches[-1].position
-        values = torch.stack([loss, norm]).to("cpu", non_blocking=self.device.type == "cuda")  # arrives when the step is done
-        return _Unread(p.step, values, self._now(), tokens, p.tokens_seen, f"{_place(before)} to {_place(p.position)}")
+        loss, *signals = self._told(loss)
+        values = torch.stack([loss, norm, *signals]).to("cpu", non_blocking=self.device.type == "cuda")  # arrives when the step is done
+        return _Unread(p.step, values[:2], values[2:], self._now(), tokens, p.tokens_seen, f"{_place(before)} to {_place(p.position)}")
 
     def _set_schedules(self) -> None:
         "Bring the optimizers' settings and the model's windows to where the schedule is at this step."
@@ -258,22 +291,22 @@ class Trainer:
             self.set_window(self.schedule.window_fraction(self.progress.step))
 
     def _accumulate(self, batches: list[Batch]) -> Tensor:
-        "Add up the gradients of each batch's share in the mean over all targets; returns that mean."
+        "Add up the gradients of each batch's share in the mean over all targets, times the ranks; returns what the losses add up to."
         counts = torch.stack([(batch.targets != IGNORE).sum() for batch in batches])
+        of_all = sum_over_ranks(counts.sum(), self.ranks).wait().clamp(min=1)
         total = 0.0
-        for batch, share in zip(batches, counts / counts.sum().clamp(min=1)):
+        for batch, share in zip(batches, counts / of_all * self.ranks.world_size):
             loss = self.model(batch.inputs, batch.targets) * share
             loss.backward()
             total = total + loss.detach()
         return total
 
-    def _clip(self) -> Tensor:
-        "The norm of all gradients together, and, if asked for, gradients no longer than `grad_clip`."
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.grad_clip:
-            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
-        return norm
+    def _told(self, loss: Tensor) -> Tensor:
+        "What every rank is to know of a step, (1 + W,): the mean of their losses, and the signal that each has caught or 0."
+        told = loss.new_zeros(1 + self.ranks.world_size)
+        told[0] = loss / self.ranks.world_size
+        told[1 + self.ranks.rank] = self.caught[0] if self.caught else 0
+        return sum_over_ranks(told, self.ranks).wait()
 
     def _now(self) -> "torch.cuda.Event | float":
         "This moment of the device's work: on a GPU, when it has come to the end of all that was launched so far."
@@ -295,6 +328,7 @@ class Trainer:
             seconds = _seconds_between(self.clock, u.done)
             self.clock = u.done
             loss, grad_norm = u.values.tolist()
+            self.stop_signal = self.stop_signal or int(u.signals.max())
             for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
                 self._require_finite(value, name, u.step, f", on the tokens from {u.source}")
             self.progress.train_seconds += seconds
@@ -305,7 +339,7 @@ class Trainer:
                    lr_scale=self.schedule.lr(u.step - 1), train_s=round(self.progress.train_seconds, 3))
         shown = dict(loss=f"{loss:.3f}", tok_s=f"{tok_s:,.0f}")
         if self.peak_flops and self.flops_per_token:
-            row["mfu"] = round(tok_s * self.flops_per_token / self.peak_flops, 4)
+            row["mfu"] = round(tok_s * self.flops_per_token / (self.peak_flops * self.ranks.world_size), 4)
             shown["mfu"] = f"{row['mfu']:.1%}"
         if u.step % self.log_every == 0 or u.step == self.num_iterations:
             self.log(**row)
@@ -330,7 +364,8 @@ class Trainer:
             row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
         self.log(**row)
         bpb = f", {evaluation.bpb:.3f} bits per byte" if evaluation.bpb is not None else ""
-        self.bar.write(f"step {p.step:>6}: validation loss {evaluation.loss:.4f}{bpb}, {p.train_seconds:.0f} s of training")
+        if self.ranks.rank == 0:
+            self.bar.write(f"step {p.step:>6}: validation loss {evaluation.loss:.4f}{bpb}, {p.train_seconds:.0f} s of training")
         self.clock = self._now()
         return evaluation
 
