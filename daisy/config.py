@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'DEFAULTS', 'FREE_KEYS', 'ConfigError', 'TrainConfig', 'accumulation_steps', 'read_yaml', 'parse_overrides',
-           'load_config', 'config_to_dict', 'config_from_dict', 'config_sources', 'config_help']
+           'load_config', 'config_to_dict', 'config_from_dict', 'config_sources', 'config_to_yaml', 'config_help']
 
 # %% ../nbs/14_config.ipynb #2
 import difflib
@@ -141,6 +141,7 @@ class TrainConfig:
     attention: str = _run("attention backend", "auto", choices=("auto", "reference", "sdpa", "flex", "flash"), free=True)
     activation_checkpointing: str = _run("what to compute again on the way back, to save memory: cheap = all but matrix products and attention", "none",
                                          choices=("none", "cheap", "full"), free=True)
+    tensorboard: bool = _run("draw the log for TensorBoard too, in checkpoint_dir", False, free=True)
     sample_prompt: str = _run("text to continue after the last step; empty = none", "", free=True)
     sample_tokens: int = _run("tokens to continue it by", 100, within="[0, inf)", free=True)
     resume: str = _run("auto: go on with an unfinished run in checkpoint_dir; never: start afresh", "auto", choices=("auto", "never"), free=True)
@@ -359,6 +360,17 @@ def config_from_dict(saved: dict) -> TrainConfig:
 def config_sources(path, overrides: list[str] = (), read_saved: Callable[[str], dict] | None = None) -> dict[str, str]:
     "For each key, which layer decided it: 'default', 'checkpoint', 'YAML' or 'command line'."
     return {name: source for source, layer in _layers(path, overrides, read_saved).items() for name in layer}
+
+
+def config_to_yaml(config: TrainConfig, sources: dict[str, str]) -> str:
+    "The resolved run as YAML that `read_yaml` takes; behind each value stands where it came from."
+    lines = [f"{name}: {_in_yaml(value)}" for name, value in asdict(config).items()]
+    width = max(map(len, lines))
+    return "\n".join(f"{line:<{min(width, 48)}}  # {sources[name]}" for line, name in zip(lines, KEYS))
+
+
+def _in_yaml(value) -> str:
+    return yaml.dump(value, default_style='"', width=math.inf).strip() if isinstance(value, str) else repr(value).lower()
 
 # %% ../nbs/14_config.ipynb #78
 def config_help() -> str:
