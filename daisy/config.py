@@ -362,6 +362,7 @@ def config_sources(path, overrides: list[str] = (), read_saved: Callable[[str], 
     return {name: source for source, layer in _layers(path, overrides, read_saved).items() for name in layer}
 
 
+# %% ../nbs/14_config.ipynb #ab12cd35
 def config_to_yaml(config: TrainConfig, sources: dict[str, str]) -> str:
     "The resolved run as YAML that `read_yaml` takes; behind each value stands where it came from."
     lines = [f"{name}: {_in_yaml(value)}" for name, value in asdict(config).items()]
@@ -370,7 +371,8 @@ def config_to_yaml(config: TrainConfig, sources: dict[str, str]) -> str:
 
 
 def _in_yaml(value) -> str:
-    return yaml.dump(value, default_style='"', width=math.inf).strip() if isinstance(value, str) else repr(value).lower()
+    return yaml.dump(value, default_style='"', width=math.inf).strip() if isinstance(value, str) else \
+        "null" if value is None else repr(value).lower()
 
 # %% ../nbs/14_config.ipynb #78
 def config_help() -> str:

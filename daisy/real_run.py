@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['MODEL_CLASSES', 'COMPILED_WORDS', 'PRINT_CONFIG', 'TRAIN_USAGE', 'MOST_PROCESSES', 'DEFAULT_PROMPT',
-           'MAX_SAMPLE_TOKENS', 'TEMPLATE', 'get_model_class', 'choose_device', 'join_run', 'prepare_data',
+           'MAX_SAMPLE_TOKENS', 'TEMPLATE', 'X_LABELS', 'get_model_class', 'choose_device', 'join_run', 'prepare_data',
            'run_encoding', 'choose_compilation', 'choose_compute_dtype', 'build_model', 'load_model', 'run_optimizers',
            'run_schedule', 'restore', 'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts',
            'print_continuation', 'Run', 'one_line_errors', 'first_to_say', 'read_run_config', 'train_main', 'train',
-           'processes_to_start', 'rendezvous_flags', 'launch_main', 'read_prompt', 'sample_main', 'bench_run',
-           'bench_main']
+           'processes_to_start', 'rendezvous_flags', 'launch_main', 'read_prompt', 'sample_main', 'metric_curves',
+           'plot_metrics', 'plot_main', 'bench_run', 'bench_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -45,7 +45,7 @@ from .schedules import Schedule
 from .shards import build_corpus_shards, read_shard, shard_files, shard_length
 from .speed import append_row, bench_attention, bench_model, current_commit, machine_name, result_row
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
-from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics, tensorboard_log
+from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics, summary_writer, tensorboard_log
 
 # %% ../nbs/23_real_run.ipynb #8
 MODEL_CLASSES = {"gpt2": GPT}
@@ -225,6 +225,7 @@ class Run:
         self.train_files, self.val_files = shard_files(config.train_files), shard_files(config.val_files)
         for file in (*self.train_files, *self.val_files):
             shard_length(file)  # a cut or foreign file is refused now, not at hour six
+        if config.tensorboard: summary_writer()
         self.encoding = run_encoding(config)
         self.eos_id = self.encoding.eot_token if config.eos_token_id is None else config.eos_token_id
         self.accumulation = accumulation_steps(config, self.ranks.world_size)
@@ -545,6 +546,60 @@ def sample_main(argv: list[str] | None = None) -> int:
         print_continuation(model, encoding, read_prompt(args.prompt, args.raw), args.max_tokens, sampling, args.seed)
         return 0
     return one_line_errors("sample.py", body)
+
+# %% ../nbs/23_real_run.ipynb #c0ffee02
+X_LABELS = {"step": "step", "tokens_seen": "tokens", "train_s": "seconds of training"}
+
+
+def metric_curves(rows: list[dict], x: str = "step") -> dict[str, tuple[list, list]]:
+    "From the rows of a log: (x, training loss averaged over about ten steps) and (x, validation loss)."
+    steps, validations = ([row for row in rows if name in row] for name in ("loss", "val_loss"))
+    at, average, smooth = {row["step"]: row[x] for row in steps}, None, []
+    for row in steps:
+        average = row["loss"] if average is None else 0.9 * average + 0.1 * row["loss"]
+        smooth.append(average)
+    known = [(row.get(x, at.get(row["step"], 0 if row["step"] == 0 else None)), row["val_loss"]) for row in validations]
+    known = [(place, loss) for place, loss in known if place is not None]
+    return {"training": ([row[x] for row in steps], smooth), "validation": ([place for place, _ in known], [loss for _, loss in known])}
+
+
+def plot_metrics(runs: dict[str, list[dict]], x: str = "step"):
+    "Training (faint) and validation loss (strong) of several runs, name → rows, over `x`, as a matplotlib Figure."
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    ax = figure.add_subplot(xlabel=X_LABELS[x], ylabel="loss, nats a token")
+    for number, (name, rows) in enumerate(runs.items()):
+        curves, colour = metric_curves(rows, x), f"C{number}"
+        ax.plot(*curves["training"], color=colour, alpha=0.4, lw=1)
+        last = f": {curves['validation'][1][-1]:.4f}" if curves["validation"][1] else ""
+        ax.plot(*curves["validation"], "o-", color=colour, ms=3, label=f"{name}{last}")
+    ax.legend(title="validation (strong), training (faint)")
+    return figure
+
+
+def plot_main(argv: list[str] | None = None) -> int:
+    "The command `daisy-plot RUN... [--x step|tokens_seen|train_s] [--out runs.png]`; returns the exit code."
+    parser = argparse.ArgumentParser(prog="daisy-plot", description="Draw the losses of runs over each other.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("--x", choices=X_LABELS, default="step", help="what to the right means (%(default)s)")
+    parser.add_argument("--out", default="runs.png", help="the picture, .png, .svg or .pdf (%(default)s)")
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+    def body():
+        paths = [path / "metrics.jsonl" if path.is_dir() else path for path in map(Path, args.runs)]
+        if missing := [str(path) for path in paths if not path.is_file()]:
+            raise ValueError(f"no log at {', '.join(missing)}: name a run's folder, such as checkpoints, or its metrics.jsonl")
+        try:
+            figure = plot_metrics(dict(zip(args.runs, map(read_metrics, paths))), args.x)
+        except ImportError:
+            raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
+        figure.savefig(args.out, dpi=150)
+        print(f"{args.out}: {len(paths)} run{'s' * (len(paths) > 1)}")
+        return 0
+    return one_line_errors("daisy-plot", body)
 
 # %% ../nbs/23_real_run.ipynb #71d74b11
 def _numbers(text: str) -> list[int]:
