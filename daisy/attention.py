@@ -31,7 +31,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: fl
 
 # %% ../nbs/07_attention.ipynb #18
 def rms_norm(x: Tensor) -> Tensor:
-    "Divide each vector of the last axis by its root mean square: no parameters (Zhang & Sennrich 2019)."
+    "Divide each vector of the last axis by its root mean square: no parameters (Zhang & Sennrich 2019, arXiv 1910.07467)."
     return F.rms_norm(x, (x.size(-1),))
 
 # %% ../nbs/07_attention.ipynb #25
@@ -56,7 +56,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> Tenso
     return kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 # %% ../nbs/07_attention.ipynb #8dfe9fb5
-def _flash_options(bounds: Tensor, window: Tensor, max_seq_len: int, scale: float) -> dict:
+def _flash_options(bounds: Tensor, max_seq_len: int, window: Tensor, scale: float) -> dict:
     "What Flash 4's forward and backward functions are told alike. Its window counts the keys before the token itself."
     left = int(window) - 1
     local = dict(window_size_left=left, window_size_right=0) if left + 1 < max_seq_len else {}
@@ -70,7 +70,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: Tenso
     "Packed q (N, H, hd), k and v (N, K, hd) in bfloat16 -> output (N, H, hd), log-sum-exp of the scores (H, N) in float32."
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    options = _flash_options(bounds, window, max_seq_len, scale)
+    options = _flash_options(bounds, max_seq_len, window, scale)
     output, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **options)
     return output, lse
 
@@ -82,7 +82,7 @@ def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor
     from flash_attn.cute.interface import _flash_attn_bwd
 
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    options = _flash_options(bounds, window, max_seq_len, scale)
+    options = _flash_options(bounds, max_seq_len, window, scale)
     _flash_attn_bwd(q, k, v, output, grad, lse, dq=dq, dk=dk, dv=dv, **options)
     return dq, dk, dv
 

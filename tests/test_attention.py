@@ -114,7 +114,7 @@ def test_backend_agrees_with_float64(backend, dtype, case):
     assert_agrees(backend, dtype, *case)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(cases())
 def test_flex_forward_agrees_with_float64(case):
     "A CPU has only the forward pass of flex, here uncompiled."
