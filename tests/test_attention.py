@@ -188,12 +188,16 @@ def test_a_wrong_choice_of_backend_is_refused(name, device, long_every, words):
         choose_backend(name, torch.device(device), long_every)
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_flash_is_chosen_only_where_its_package_is(installed, monkeypatch):
+@pytest.mark.parametrize("installed,capability", [(False, (9, 0)), (True, (8, 0)), (True, (9, 0)), (True, (12, 0))])
+def test_flash_is_chosen_only_where_it_runs(installed, capability, monkeypatch):
     monkeypatch.setattr(attention, "flash_installed", lambda: installed)
-    if installed:
-        assert choose_backend("flash", torch.device("cuda")) == "flash"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if installed and capability >= (9, 0):
+        assert choose_backend("flash", torch.device("cuda")) == choose_backend("auto", torch.device("cuda")) == "flash"
+        assert choose_backend("auto", torch.device("cuda"), long_every=3) == "flex"
     else:
+        assert choose_backend("auto", torch.device("cuda")) == "flex"
         with pytest.raises(ValueError, match="pip install 'daisy\\[flash\\]'"):
             choose_backend("flash", torch.device("cuda"))
 
