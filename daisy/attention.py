@@ -44,7 +44,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) 
 # %% ../nbs/07_attention.ipynb #28
 @lru_cache(maxsize=1)
 def _compiled_flex():
-    "Compiled once for each shape. Beyond 64 shapes it is an error, where torch would quietly go on uncompiled and slow."
+    "Compiled for each shape. Beyond 64 shapes it is an error, where torch would quietly go on uncompiled and slow."
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     return torch.compile(torch_flex_attention, fullgraph=True, dynamic=False)
 
