@@ -156,12 +156,12 @@ def choose_backend(name: str, device: torch.device, long_every: int = 0) -> str:
     return name
 
 # %% ../nbs/07_attention.ipynb #93e207c2
-def prepare_mask(backend: str, spec: MaskSpec, doc_ids: Tensor):
-    "What `backend` wants to know about who may look at whom in rows of documents `doc_ids` (B, T)."
+def prepare_mask(backend: str, spec: MaskSpec, doc_ids: Tensor, capacity: int | None = None):
+    "What `backend` wants to know about who may look at whom in rows of documents `doc_ids` (B, T); `capacity` is for flash."
     if backend == "flex":
         return flex_block_mask(spec, doc_ids)
     if backend == "flash":
-        return varlen_mask(spec, doc_ids)
+        return varlen_mask(spec, doc_ids, capacity)
     return dense_mask(spec, doc_ids)
 
 

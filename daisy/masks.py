@@ -163,9 +163,13 @@ def varlen_bounds(doc_ids_BT, capacity=None):
 MIN_CAPACITY, TOKENS_PER_DOCUMENT = 256, 128  # of the bounds of packed documents
 
 
-def varlen_capacity(num_tokens):
-    "How many documents a batch of `num_tokens` has room for: a power of two, or as many as it has tokens."
-    return min(num_tokens, max(MIN_CAPACITY, 1 << (num_tokens // TOKENS_PER_DOCUMENT - 1).bit_length()))
+def varlen_capacity(num_tokens, documents=0):
+    """How many documents to leave room for in batches of `num_tokens`: a power of two, or as many as there are tokens.
+
+    One for every 128 tokens; where a batch was seen to have `documents`, at least twice as many as that.
+    """
+    wanted = max(MIN_CAPACITY, num_tokens // TOKENS_PER_DOCUMENT, 2 * documents)
+    return min(num_tokens, 1 << (wanted - 1).bit_length())
 
 
 class VarlenMask(NamedTuple):
