@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 import types
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -136,6 +137,26 @@ def test_flex_forward_agrees_with_float64(case):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     output = attention.torch_flex_attention(q, k, v, block_mask=prepare_mask("flex", spec, doc_ids), scale=0.1, enable_gqa=True)
     assert (output.transpose(1, 2).double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_flex_agrees_shape_by_shape_and_too_many_shapes_are_an_error(monkeypatch):
+    "Where torch would go on uncompiled, slow and without a word. Compiled without inductor, which takes long."
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(attention, "_compiled_flex", lru_cache(attention._compiled_flex.__wrapped__))
+    attention._compiled_flex()
+
+    def difference(tokens):
+        doc_ids = document_ids((torch.arange(tokens) % 13 == 5).int()[None], eos_id=1)
+        q, k, v, _ = random_inputs(doc_ids, 4, 2, 16, torch.float32)
+        output, wanted = (attend(q, k, v, prepare_mask(name, MaskSpec(9), doc_ids), 0.25, name) for name in ("flex", "reference"))
+        return (output - wanted).abs().max()
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(cache_size_limit=3):
+        assert max(difference(tokens) for tokens in (20, 33, 20, 47, 33)) < 1e-5
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            difference(64)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("tokens,window,heads,kv_heads,head_dim", [
