@@ -136,7 +136,8 @@ class TrainConfig:
     log_every: int = _run("steps between lines of the log", 1, within="[1, inf)", free=True)
     seed: int = _run("seed of initial weights and of sampling", 1337, within="[0, 4294967295]")
     device: str = _run("where to compute", "auto", choices=("auto", "cpu", "cuda", "mps"), free=True)
-    compile: str = _run("torch.compile the model; auto = on a GPU", "auto", choices=("auto", "true", "false"), free=True)
+    compile: str = _run("torch.compile the model by layers or as one full graph; true = layers, auto = layers on a GPU", "auto",
+                        choices=("auto", "true", "layers", "full", "false"), free=True)
     attention: str = _run("attention backend", "auto", choices=("auto", "reference", "sdpa", "flex", "flash"), free=True)
     activation_checkpointing: str = _run("what to compute again on the way back, to save memory: cheap = all but matrix products and attention", "none",
                                          choices=("none", "cheap", "full"), free=True)

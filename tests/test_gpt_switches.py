@@ -222,7 +222,7 @@ def test_a_window_schedule_compiles_one_graph_a_shape(graphs, extras):
     "Training at one shape while the window grows, validation without gradients at another: two graphs, whatever the number of steps."
     counted, count = graphs
     model = awake(GPTConfig(**SHAPE, **extras))
-    fast = compile_gpt(model, backend=count)
+    fast = compile_gpt(model, "full", backend=count)
     for step, fraction in enumerate((0.25, 0.5, 0.75, 1.0)):
         model.set_window_fraction(fraction)
         for micro_batch in range(2):  # other documents each time
@@ -236,23 +236,60 @@ def test_a_window_schedule_compiles_one_graph_a_shape(graphs, extras):
         assert len(counted) == 2, f"{len(counted)} graphs after {step + 1} windows"
 
 
-def test_flex_takes_a_growing_window_without_another_graph(graphs):
+@pytest.mark.parametrize("extras", [{}, ALL, dict(activation_checkpointing="cheap")], ids=["default", "all", "cheap"])
+def test_compiled_by_layers_depth_costs_no_graph_and_nor_do_windows(graphs, extras):
+    counted, count = graphs
+    of_depth = {}
+    for num_layers in (8, 16):
+        torch._dynamo.reset(), counted.clear()
+        model = awake(GPTConfig(**{**SHAPE, **extras, "num_layers": num_layers, "max_seq_len": 64}))
+        fast = compile_gpt(model, "layers", backend=count)
+        for step, fraction in enumerate((0.25, 0.5, 1.0)):
+            model.set_window_fraction(fraction)
+            tokens, targets = tokens_like(2, 40, seed=step), tokens_like(2, 40, seed=5)
+            loss = fast(tokens, targets)
+            got = torch.autograd.grad(loss, list(model.parameters()))
+            expected = model(tokens, targets)
+            torch.testing.assert_close(loss, expected)
+            for ours, theirs in zip(got, torch.autograd.grad(expected, list(model.parameters()))):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+            with torch.no_grad():
+                fast(tokens_like(1, 64, seed=step), tokens_like(1, 64))
+            of_depth.setdefault(num_layers, len(counted))
+            assert len(counted) == of_depth[num_layers], f"{len(counted)} graphs after {step + 1} windows"
+    assert of_depth[8] == of_depth[16] <= 14  # embedding, loss, and a few kinds of layers, with gradients and without
+
+
+def test_cheap_recomputation_compiles_without_a_word(capfd):
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(**SHAPE, activation_checkpointing="cheap"))
+    compile_gpt(model, backend="eager")(tokens_like(1, 8), tokens_like(1, 8))
+    assert "context_fn" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["layers", "full"])
+def test_flex_takes_a_growing_window_without_another_graph(graphs, how):
     "Its masks hold the window as a tensor. (Only the way up: flex attention has no backward on a CPU.)"
     counted, count = graphs
     model = awake(GPTConfig(**SHAPE, **ALL), backend="flex")
     judge = awake(GPTConfig(**SHAPE, **ALL))
-    fast = compile_gpt(model, backend=count)
+    fast = compile_gpt(model, how, backend=count)
+    seen = []
     for seed, fraction in enumerate((0.25, 0.5, 0.75, 1.0)):
         model.set_window_fraction(fraction), judge.set_window_fraction(fraction)
         tokens = tokens_like(2, T, seed=seed)
         with torch.no_grad():
             torch.testing.assert_close(fast(tokens, tokens), judge(tokens, tokens), rtol=1e-5, atol=1e-5)
-    assert len(counted) == 1
+        seen.append(len(counted))
+    assert len(set(seen)) == 1 and (how == "layers" or seen[0] == 1)
 
 
 def test_what_would_break_the_graph_is_an_error(graphs):
     _, count = graphs
     model = GPT(GPTConfig(**SHAPE))
     model.blocks[0].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        compile_gpt(model, backend=count)(tokens_like(1, 8), tokens_like(1, 8))
+    for how in ("layers", "full"):
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            compile_gpt(model, how, backend=count)(tokens_like(1, 8), tokens_like(1, 8))
+    with pytest.raises(ValueError, match="how='fast' is not known: choose layers or full"):
+        compile_gpt(model, "fast")
