@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Ranks add in another order than one process. At full rates and eps 1e-10 AdamW and Muon make so much of the last digit that
 # two orders in ONE process part by 0.1 in 20 steps (lesson 12); at these rates they stay several times below the 1e-4 asked for.
 GENTLE = dict(embed_params_lr=0.01, value_embed_lr=0.002, scalar_params_lr=0.001, hidden_matrix_params_lr=0.002, head_params_lr=0.001,
-              x0_gates_lr=0.002, residual_gates_lr=0.0005, adamw_eps=1e-8)
+              x0_gates_lr=0.002, residual_gates_lr=0.001, adamw_eps=1e-8)
 
 START = """
 import os, signal, sys, time, torch
@@ -154,7 +154,7 @@ def test_many_ranks_are_one(number, kind, grad_clip, tmp_path):
     moved = model_and_optimizers(Ranks(), kind)[0].state_dict()
     for name, p in model.state_dict().items():
         torch.testing.assert_close(reports[0]["model"][name], p, rtol=0, atol=1e-4)
-        assert (p - moved[name]).abs().max() > 1e-3, f"{name} has not moved: the test would show nothing"
+        assert (p - moved[name]).abs().max() > 2e-4, f"{name} has hardly moved: the test would show nothing"
         assert all(torch.equal(report["model"][name], reports[0]["model"][name]) for report in reports)
     torch.testing.assert_close(torch.tensor(reports[0]["norms"]), torch.tensor(norms), rtol=1e-3, atol=1e-5)
     plain = [o.state_dict() for o in optimizers]
