@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,8 @@ def _start_of(position, files, begin_shard):
             raise ShardError(f"begin_shard={begin_shard} must be 1 or more; 1 is the first of {len(files)} shards")
         return 0, (begin_shard - 1) % len(files), 0
     try:
-        epoch, shard, token, name = (position[key] for key in ("epoch", "shard", "token", "file"))
+        epoch, shard, token = (index(position[key]) for key in ("epoch", "shard", "token"))
+        name = position["file"]
         found = 0 <= shard < len(files) and Path(files[shard]).name == name
     except (KeyError, TypeError):
         raise ShardError(f"{position!r} isn't a loader's position; that has epoch, shard, token and file") from None
