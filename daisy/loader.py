@@ -50,7 +50,7 @@ def plan_rows(num_tokens, starts, seq_len, mode="pack") -> np.ndarray:
             offset = end
     return np.array(rows, dtype=np.int64)
 
-# %% ../nbs/04_loader.ipynb #new2904550
+# %% ../nbs/04_loader.ipynb #27
 def _open_shard(file, seq_len, eos_id, mode, vocab_size):
     "The ids of a shard, mapped, and the offsets of its rows."
     tokens = read_shard(file, vocab_size).view(np.ndarray)    # slicing a plain array is several times faster
@@ -117,7 +117,7 @@ class _RowCursor:
         return {"epoch": self.epoch, "shard": self.shard, "row": self.row, "token": token,
                 "file": Path(self.files[self.shard]).name}
 
-# %% ../nbs/04_loader.ipynb #31
+# %% ../nbs/04_loader.ipynb #32
 IGNORE = -1    # a target that no loss counts
 
 
@@ -128,7 +128,7 @@ class Batch:
     targets: torch.Tensor    # (B, T) int64, IGNORE where nothing is to be predicted
     position: dict           # JSON-able; give it to TokenLoader to go on from here
 
-# %% ../nbs/04_loader.ipynb #32
+# %% ../nbs/04_loader.ipynb #33
 def _load_rows(rows, seq_len):
     "Copy (tokens, offset, count) rows into fresh (B, T) int64 inputs and targets; beyond `count` is padding."
     inputs = torch.empty(len(rows), seq_len, dtype=torch.int64)
@@ -139,7 +139,7 @@ def _load_rows(rows, seq_len):
         input_row[count:], target_row[count:] = 0, IGNORE
     return inputs, targets
 
-# %% ../nbs/04_loader.ipynb #46
+# %% ../nbs/04_loader.ipynb #47
 def _check_layout(files, batch_size, seq_len, rank, world_size):
     if not files:
         raise ShardError("no shards were given; `shard_files` finds them by a glob")
@@ -148,7 +148,7 @@ def _check_layout(files, batch_size, seq_len, rank, world_size):
     if not 0 <= rank < world_size:
         raise ShardError(f"rank={rank} must be at least 0 and below world_size={world_size}")
 
-# %% ../nbs/04_loader.ipynb #47
+# %% ../nbs/04_loader.ipynb #48
 def _start_of(position, files, begin_shard):
     "(epoch, shard, token) to start from, out of a saved position or a 1-based first shard."
     if position is None:
@@ -166,7 +166,7 @@ def _start_of(position, files, begin_shard):
                          "have it there; give the files it was saved with, or start without a position")
     return epoch, shard, token
 
-# %% ../nbs/04_loader.ipynb #49
+# %% ../nbs/04_loader.ipynb #52
 def _gather(parts, out):
     "Copy the rows that `_RowCursor.take` gave into `out`, (B, T + 1): one indexing for all rows of a shard."
     filled = 0
@@ -190,7 +190,7 @@ def _global_rows(cursor, batch_size, rank, world_size, pin_memory):
         cursor.take((world_size - 1 - rank) * batch_size)
         yield rows, cursor.position()
 
-# %% ../nbs/04_loader.ipynb #53
+# %% ../nbs/04_loader.ipynb #69
 class Prefetcher:
     """Runs `iterator` in a background thread, `depth` items ahead of the consumer.
 
@@ -220,7 +220,7 @@ class Prefetcher:
         if hasattr(self._iterator, "close"):
             self._iterator.close()
 
-# %% ../nbs/04_loader.ipynb #61
+# %% ../nbs/04_loader.ipynb #81
 class TokenLoader:
     """Endless batches from shards: all ranks together read the rows in order, each row once an epoch.
 
@@ -272,7 +272,7 @@ class TokenLoader:
             self._shards.close()
             self._cursor.windows = None
 
-# %% ../nbs/04_loader.ipynb #75
+# %% ../nbs/04_loader.ipynb #100
 def _validation_rows(files, seq_len, max_tokens, vocab_size):
     "(tokens, offset, count) rows that predict every token after the first of each shard once, up to `max_tokens`."
     left = float("inf") if max_tokens is None else max_tokens

