@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from daisy.attention import flash_installed
+from daisy.attention import auto_backend, flash_installed
 from daisy.gpt import GPT, GPTConfig, compile_gpt, cross_entropy, soft_cap
 from daisy.loader import IGNORE
 
@@ -134,7 +134,7 @@ def test_tiny_config_trains_on_the_gpu(tmp_path):
     run = subprocess.run([sys.executable, "train.py", "config/tiny.yml", "num_iterations=30", "val_loss_every=15", *files,
                           f"checkpoint_dir={tmp_path}/checkpoints"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert ", compiled by layers" in run.stdout
+    assert f"attention {auto_backend(torch.device('cuda'))}, compiled by layers" in run.stdout
     rows = [json.loads(line) for line in (tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 1.5
