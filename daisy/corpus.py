@@ -252,14 +252,14 @@ def _lines(path, longest):
 
 
 # %% ../nbs/01_corpus.ipynb #new96
-MAX_DOCUMENT_MB = 16
+MAX_DOCUMENT_MB = 8  # twice the Bible
 
 
 def _check_length(num_bytes, max_document_mb):
     "A ValueError for a document that is longer than allowed."
     if num_bytes > max_document_mb * 10**6:
         raise ValueError(f"a document of more than {max_document_mb} MB, which would be held in memory whole; cut it into "
-                         f"several, or raise max_document_mb, which takes up to 50 times as much memory")
+                         f"several, or raise max_document_mb, which takes some 20 times as much memory")
 
 
 # %% ../nbs/01_corpus.ipynb #63
@@ -393,10 +393,10 @@ def read_parquet(path, column="text", max_document_mb=MAX_DOCUMENT_MB) -> Iterat
 def corpus_files(source) -> list[Path]:
     "The files that `open_corpus(source)` reads, sorted: none for python_docs. Raises CorpusError if there is none."
     if source == "python_docs": return []
-    if source == "fineweb":
-        raise CorpusError("fineweb comes as shards and not as text: python data/cached_fineweb100B.py brings them to "
-                          "data/fineweb")
     if not (Path(source).exists() or glob.has_magic(str(source))):
+        if source == "fineweb":
+            raise CorpusError("fineweb comes as shards and not as text: python data/cached_fineweb100B.py brings them "
+                              "to data/fineweb")
         raise CorpusError(f"no corpus {str(source)!r}: it must be python_docs, or an existing text, .jsonl or "
                           f".parquet file, folder, or glob such as 'books/*.txt'")
     return _files(source, SUFFIXES)

@@ -40,7 +40,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .corpus import MAX_DOCUMENT_MB, CorpusError, Document, corpus_files, open_corpus, split_of
-from .tokens import (EncodingError, count_words, encode_documents, encoding_to_json, load_encoding, save_encoding,
+from .tokens import (EncodingError, count_words, encode_documents, encoding_to_json, load_encoding,
                           token_byte_lengths, train_encoding)
 
 # %% ../nbs/03_shards.ipynb #9
@@ -173,7 +173,7 @@ def document_starts(tokens, eos_id, chunk_tokens=1 << 22) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
 # %% ../nbs/03_shards.ipynb #n10
-NUM_BUCKETS = 64                 # of each split: buckets of 150 MB for 10 GB of text
+NUM_BUCKETS = 64                 # of each split
 RECORD = struct.Struct("<32sQ")  # stands before each text in a bucket: its key, and its length in bytes
 
 
@@ -221,7 +221,7 @@ BATCH_BYTES = 1 << 20
 
 
 def _batches(texts):
-    "Lists of texts of about BATCH_BYTES together, so that long texts don't add up."
+    "(texts, their bytes) by the megabyte, so that long texts don't add up."
     batch, held_bytes = [], 0
     for data in texts:
         batch.append(data.decode("utf-8"))
@@ -396,6 +396,7 @@ def _read_source(documents, staging, identity, source, val_fraction, seed, progr
 
 def _is_read(staging, identity):
     "Whether `staging` holds every bucket of a build with this `identity`, as text or as ids."
+    if identity is None: return False
     try:
         state = json.loads((staging / "state.json").read_bytes())
     except (OSError, ValueError):
@@ -500,7 +501,8 @@ def _build(documents, make_encoding, out_dir, identity, *, source, shard_tokens,
         def work():
             _read_source(documents, staging, identity, source, val_fraction, seed, progress)
             path = staging / "encoding.json"
-            if not path.exists(): save_encoding(make_encoding(_sample(staging, seed)), path)
+            if not path.exists():
+                _write_atomically(path, [encoding_to_json(make_encoding(_sample(staging, seed))).encode("utf-8")])
             _encode_all(staging, path, seed, processes, progress)
             manifest = _write_shards(staging, source, load_encoding(path), shard_tokens, val_fraction, seed, progress)
             _install(staging, out_dir, manifest)

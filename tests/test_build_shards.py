@@ -220,10 +220,23 @@ def test_killed_at_any_moment(source, encoding, tmp_path, monkeypatch, call, sha
     assert not finished & set(names) and (finished or share < 0.1)
 
 
+def test_documents_without_files_are_never_mixed_with_earlier_ones(encoding, tmp_path):
+    "`build_shards` can't know what a killed one was given."
+    code = ("import os, sys; from unittest import mock; from daisy.corpus import Document; from daisy.shards import build_shards, load_encoding; "
+            "mock.patch('os.fsync', side_effect=[None] * 20 + [SystemExit]).start(); mock.patch('shutil.rmtree').start(); "
+            "build_shards([Document(str(i), f'first {i}') for i in range(99)], load_encoding(sys.argv[1]), sys.argv[2], progress=False)")
+    subprocess.run([sys.executable, "-c", code, encoding, tmp_path / "out"], env=ENVIRONMENT)
+    assert len(finished_in(tmp_path / "out")) == 18
+    documents = [corpus.Document(str(i), f"second {i}") for i in range(99)]
+    for name in ("out", "fresh"):
+        shards.build_shards(documents, shards.load_encoding(encoding), tmp_path / name, progress=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def interrupt(source, folder, encoding, writes=20, **options):
     with mock.patch("os.fsync", side_effect=[None] * writes + [KeyboardInterrupt]), pytest.raises(KeyboardInterrupt):
         build(source, folder, encoding, **options)
-    assert len(finished_in(folder)) == writes - 1  # the first was state.json
+    assert len(finished_in(folder)) == writes - 2  # the first were state.json and encoding.json
 
 
 @pytest.mark.parametrize("change", ["touched", "longer", "new file", "seed", "val_fraction", "shard_tokens", "encoding"])
@@ -303,15 +316,18 @@ def limited(num_bytes):
             f"signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, {num_bytes})); sys.exit(main())"]
 
 
-@pytest.mark.parametrize("num_bytes, kept", [(500, False), (20_000, True)])
-def test_a_full_disk_then_the_same_line(source, encoding, tmp_path, num_bytes, kept):
-    "While reading, and while cutting shards."
-    options = [*map(str, [source, tmp_path / "out", "--encoding", encoding, "--val-fraction", 0.2]), "--quiet"]
+@pytest.mark.parametrize("num_bytes, processes, stage", [(20_000, 1, "reading"), (45_000, 1, "encoding"), (45_000, 2, "encoding"), (65_000, 1, "shards")])
+def test_a_full_disk_then_the_same_line(tmp_path, num_bytes, processes, stage):
+    "Texts of 30 kB, which take 60 kB of ids when each byte is a token."
+    save_encoding(train_encoding([""], 257, "bytes"), tmp_path / "encoding.json")
+    source = write_jsonl(tmp_path / "x.jsonl", [f"{i} " + "abc" * (10_000 if i < 3 else 10) for i in range(40)])
+    options = [*map(str, [source, tmp_path / "out", "--encoding", tmp_path / "encoding.json", "--val-fraction", 0.2, "--processes", processes]), "--quiet"]
     ran = subprocess.run([*limited(num_bytes), *options], env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.count("\n") == 1, ran.stderr
     assert "File too large" in ran.stderr and "free some space" in ran.stderr and "same command" in ran.stderr
-    assert (tmp_path / "out" / ".building").exists() == kept == (tmp_path / "out").exists()
-    assert not list((tmp_path / "out").rglob("*.bin")) and not list((tmp_path / "out").rglob("*.partial"))
+    assert {"encoding": ".ids", "shards": ".bin"}.get(stage, "out: ") in ran.stderr
+    assert (tmp_path / "out" / ".building").exists() == (tmp_path / "out").exists() == (stage != "reading")
+    assert not list((tmp_path / "out").rglob("*.bin")) and not list((tmp_path / "out").rglob(".*.partial"))
     assert main(options) == 0 and main([options[0], str(tmp_path / "fresh"), *options[2:]]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
