@@ -371,7 +371,8 @@ def read_parquet(path, column="text", max_document_mb=MAX_DOCUMENT_MB) -> Iterat
     for file in _files(path, (".parquet",)):
         row = 0
         try:
-            with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:  # or a column is read as a whole
+            # without these two settings a row group's whole column is held
+            with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
                 _check_column(file, column, table.schema_arrow.names)
                 for batch in table.iter_batches(batch_size=256, columns=[column], use_threads=False):
                     for row, text in enumerate(batch.column(0).to_pylist(), row + 1):

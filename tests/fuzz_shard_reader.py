@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from daisy.shards import HEADER_BYTES, MAGIC, VERSION, ShardError, document_starts, read_shard, shard_length
+from daisy import shards
+from daisy.shards import HEADER_BYTES, MAGIC, VERSION, ShardError
 
 FOLDER = tempfile.TemporaryDirectory()
 PATH = Path(FOLDER.name) / "fuzzed.bin"
@@ -26,14 +27,14 @@ def test_one_input(data: bytes):
     PATH.write_bytes(data)
     for vocab_size in (None, 1, 50_257):
         try:
-            tokens = read_shard(PATH, vocab_size)
+            tokens = shards.read_shard(PATH, vocab_size)
         except ShardError as error:
             assert "\n" not in str(error) and PATH.name in str(error), error
             continue
-        assert struct.unpack("<3i", data[:12]) == (MAGIC, VERSION, len(tokens)) and len(tokens) == shard_length(PATH) > 0
+        assert struct.unpack("<3i", data[:12]) == (MAGIC, VERSION, len(tokens)) and len(tokens) == shards.shard_length(PATH) > 0
         assert tokens.tobytes() == data[HEADER_BYTES:] and not tokens.flags.writeable
         assert vocab_size is None or tokens.max() < vocab_size
-        assert len(document_starts(tokens, 0)) == np.count_nonzero(tokens == 0)
+        assert len(shards.document_starts(tokens, 0)) == np.count_nonzero(tokens == 0)
 
 
 def mutated(rng: random.Random) -> bytes:
@@ -65,8 +66,12 @@ def main():
     if "--atheris" in sys.argv:
         import atheris
         sys.argv.remove("--atheris")
-        atheris.instrument_all()
-        atheris.Setup(sys.argv, test_one_input)
+        for name in ("shard_length", "read_shard", "document_starts"):
+            setattr(shards, name, atheris.instrument_func(getattr(shards, name)))
+        seeds = Path(FOLDER.name, "seeds")  # from which libFuzzer mutates
+        seeds.mkdir()
+        for i in range(20): (seeds / str(i)).write_bytes(mutated(random.Random(i)))
+        atheris.Setup([*sys.argv, str(seeds)], test_one_input)
         atheris.Fuzz()
     seconds = float(sys.argv[sys.argv.index("--seconds") + 1]) if "--seconds" in sys.argv else 10.0
     seed = int.from_bytes(os.urandom(4), "little")

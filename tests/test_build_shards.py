@@ -387,6 +387,17 @@ def test_a_file_without_line_breaks_is_not_read_whole(tmp_path, name):
         tracemalloc.stop()
 
 
+def test_a_large_row_group_is_not_read_whole(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = random.Random(0).randbytes(500).hex()
+    parquet.write_table(pyarrow.table({"text": [f"{i} {text}" for i in range(40_000)]}), tmp_path / "a.parquet", compression="none")
+    assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1 and (tmp_path / "a.parquet").stat().st_size > 40e6
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for i, _ in enumerate(open_corpus(tmp_path / "a.parquet")):
+        if i % 100 == 0: most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert i == 39_999 and 0 < most < 15e6
+
+
 def test_a_long_line_in_zst_is_not_read_whole(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(random.Random(0).randbytes(15_000_000).hex().encode() + b'\n{"text": "after"}\n'))
@@ -462,10 +473,10 @@ def test_processes_are_checked(source, tmp_path, capsys, processes):
 
 def test_fuzzed_shards_are_read_or_refused():
     seed = int.from_bytes(os.urandom(4), "little")
-    assert fuzz_shard_reader.fuzz(3, seed) > 200
+    assert fuzz_shard_reader.fuzz(3, seed) > 20
 
 
 def test_the_fuzz_target_notices(monkeypatch):
     "A reader that fails otherwise, and one that reads what isn't there."
-    monkeypatch.setattr(fuzz_shard_reader, "read_shard", lambda path, vocab_size: np.fromfile(path, "<u2", offset=1024))
+    monkeypatch.setattr(shards, "read_shard", lambda path, vocab_size: np.fromfile(path, "<u2", offset=1024))
     with pytest.raises(AssertionError, match="seed 0, input"): fuzz_shard_reader.fuzz(10, 0)
