@@ -252,8 +252,7 @@ def _die_with_parent():
 
 
 def _start_worker(encoding_path, seed, done_bytes, stop):
-    "What a worker process does first: note what `_encode_in_worker` needs, leave Ctrl-C to the parent, and outlive it not."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    "What a worker process does first: see to it that it doesn't outlive its parent, and note what `_encode_in_worker` needs."
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
     def report(num_bytes):
@@ -277,20 +276,27 @@ def _watch(tasks, update):
             task.result()
 
 
+def _submit_all(pool, paths):
+    "To be called in a thread, which Ctrl-C can't interrupt; what it blocks, the processes that it starts inherit."
+    if hasattr(signal, "pthread_sigmask"): signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    return [pool.submit(_encode_in_worker, path) for path in paths]
+
+
 def _encode_in_processes(paths, encoding_path, seed, processes, bar):
     "`_encode_bucket` for all `paths`; spawned and not forked, since a fork copies locks that other threads hold."
     context = multiprocessing.get_context("spawn")
     done_bytes, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(processes, context, _start_worker, (encoding_path, seed, done_bytes, stop)) as pool:
-        tasks = [pool.submit(_encode_in_worker, path) for path in paths]
+    with (ProcessPoolExecutor(processes, context, _start_worker, (encoding_path, seed, done_bytes, stop)) as pool,
+          ThreadPoolExecutor(1) as starter):
         try:
+            tasks = starter.submit(_submit_all, pool, paths).result()
             _watch(tasks, lambda: bar.update(done_bytes.value - bar.n))
         except BrokenProcessPool:
-            raise UnfinishedError("an encoding process was killed, perhaps for want of memory; fewer processes take "
-                                  "less") from None
+            raise UnfinishedError("an encoding process was killed, perhaps for want of memory, and fewer processes take "
+                                  "less; or a script of your own lacks `if __name__ == '__main__':`") from None
         finally:
             stop.set()
-            for task in tasks: task.cancel()
+            pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/03_shards.ipynb #n20
 SMALL_BYTES = 32 << 20  # what one process encodes in a few seconds
