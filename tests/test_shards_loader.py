@@ -379,7 +379,8 @@ def test_command_says_so_when_the_disk_is_full(corpus, tmp_path):
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)); sys.exit(main())")
     ran = python(code, corpus, tmp_path / "out", "--vocab-size", 270, "--quiet")
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.count("\n") == 1
-    assert "can't be written" in ran.stderr and list((tmp_path / "out").iterdir()) == []
+    assert "can't be written" in ran.stderr and not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.partial"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".building"]  # which the same command goes on with
 
 
 def test_out_dir_is_a_file(corpus, tmp_path, capsys):
