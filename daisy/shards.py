@@ -238,7 +238,7 @@ def _encode_bucket(path, encoding, seed, report):
     def encoded():
         nonlocal left
         for batch, num_bytes in _batches(_bucket_texts(path, seed)):
-            for ids in encode_documents(encoding, batch, num_threads=1): yield ids.astype("<u2", copy=False)
+            for ids in encode_documents(encoding, batch): yield ids.astype("<u2", copy=False)
             report(num_bytes)
             left -= num_bytes
     _write_atomically(path.with_suffix(".ids"), encoded())
