@@ -22,7 +22,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["daisy", "daisy.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "parquet": ["pyarrow>=14"], "browser": ["playwright>=1.40"]},
+    extras_require={"dev": cfg["dev_requirements"].split(), "parquet": ["pyarrow>=14"], "flash": ["flash-attn-4[cu13]>=4.0.0b36"], "browser": ["playwright>=1.40"]},
     entry_points={
         "nbdev": ["daisy=daisy._modidx:d"],
         "console_scripts": [

@@ -60,26 +60,28 @@ def join_ranks(rank: int, world_size: int, device: torch.device, address: str = 
         raise RankLost(f"rank {rank} of {world_size} waited {timeout_s:.0f} s at {address} and not all came: {error}") from error
     return Ranks(rank, world_size, device, dist.PrefixStore("daisy", store), timeout_s)
 
-
-def leave_ranks(ranks: Ranks) -> None:
-    "Say goodbye; nothing to do for a process on its own."
-    if ranks.world_size > 1 and dist.is_initialized(): dist.destroy_process_group()
-
 # %% ../nbs/11_distributed.ipynb #b85d2961
-_ROLL_CALL_S = 2.0      # how long the living have to answer
+_ROLL_CALL_S, _GOODBYE_S = 2.0, 10.0        # how long the others have to answer
 
 
-def _missing(ranks: Ranks) -> list[int] | None:
-    "Ranks that don't answer a roll call; None if the store is gone too."
+def _missing(ranks: Ranks, roll: str, wait_s: float) -> list[int] | None:
+    "Ranks that don't answer to `roll` within `wait_s`; None if the store is gone too."
     try:
-        ranks.store.set(f"alive {ranks.rank}", "")
-        deadline = time.monotonic() + _ROLL_CALL_S
-        while missing := [r for r in range(ranks.world_size) if not ranks.store.check([f"alive {r}"])]:
+        ranks.store.set(f"{roll} {ranks.rank}", "")
+        deadline = time.monotonic() + wait_s
+        while missing := [r for r in range(ranks.world_size) if not ranks.store.check([f"{roll} {r}"])]:
             if time.monotonic() > deadline: break
             time.sleep(0.05)
         return missing
     except RuntimeError:
         return None
+
+
+def leave_ranks(ranks: Ranks) -> None:
+    "Wait a little for the others to be done too, then hang up; nothing to do for a process on its own."
+    if ranks.world_size == 1 or not dist.is_initialized(): return
+    _missing(ranks, "done", _GOODBYE_S)
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -88,8 +90,8 @@ def _or_rank_lost(ranks: Ranks):
     try:
         yield
     except RuntimeError as error:
-        leave_ranks(ranks)
-        missing = _missing(ranks)
+        if dist.is_initialized(): dist.destroy_process_group()
+        missing = _missing(ranks, "alive", _ROLL_CALL_S)
         who = f"rank {', '.join(map(str, missing))}" if missing else "some rank"
         raise RankLost(f"rank {ranks.rank} of {ranks.world_size} stops: {who} has died, or didn't answer for "
                        f"{ranks.timeout_s:.0f} s ({str(error).splitlines()[0]})") from error

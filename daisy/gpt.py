@@ -423,13 +423,18 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
     if c.tie_head:
         matrices += model.embed.weight.numel()
-    keys = sum(_mean_keys(min(w, seq_len), seq_len) for w in c.windows)
+    keys = sum(_mean_keys(MaskSpec(w, c.long_every), seq_len) for w in c.windows)
     return 6 * matrices + 12 * c.num_heads * c.head_dim * keys
 
 
-def _mean_keys(window: int, seq_len: int) -> float:
-    "Keys that a token sees on average in a row of one document: min(i + 1, window) over i < seq_len."
-    return window - window * (window - 1) / (2 * seq_len)
+def _mean_keys(spec: MaskSpec, seq_len: int) -> float:
+    "Keys that a token sees on average in a row of one document: those within the window, and long-range ones before it."
+    window = min(spec.window, seq_len)
+    near = window - window * (window - 1) / (2 * seq_len)  # the mean of min(i + 1, window) over i < seq_len
+    if not spec.long_every:
+        return near
+    block = torch.arange(seq_len - window, device="cpu") // spec.block_size  # of the keys that some token's window has left behind
+    return near + (block % spec.long_every == spec.long_every - 1).cumsum(0).sum().item() / seq_len
 
 # %% ../nbs/09_gpt.ipynb #b59e0086
 def activation_bytes(model: GPT, tokens: int) -> int:

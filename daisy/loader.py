@@ -5,16 +5,19 @@ __all__ = ['IGNORE', 'plan_rows', 'Batch', 'Prefetcher', 'TokenLoader', 'validat
 
 # %% ../nbs/04_loader.ipynb #2
 # Tensor legend: B batch (rows of one rank), T tokens (seq_len).
+from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
+from operator import index
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .shards import ShardError, document_starts, read_shard
 
@@ -30,42 +33,54 @@ def plan_rows(num_tokens, starts, seq_len, mode="pack") -> np.ndarray:
         return np.arange(0, last + 1, seq_len, dtype=np.int64)
     if mode != "pack":
         raise ShardError(f'mode "{mode}" is neither "pack" nor "stream"')
-    bounds = [*np.asarray(starts).tolist(), num_tokens]
-    if bounds[0] > 0:
-        bounds.insert(0, 0)            # the shard begins with the rest of another shard's document
-    begins_inside = len(starts) == 0 or starts[0] > 0
+    bounds = array("q", np.asarray(starts, dtype=np.int64).tobytes())    # 8 bytes a document; a list takes 40
+    bounds.append(num_tokens)
+    begins_inside = bounds[0] > 0      # with the rest of another shard's document
+    if begins_inside:
+        bounds.insert(0, 0)
     offset = bounds[1] if begins_inside and bounds[1] <= seq_len else 0
-    rows, document = [], 0
+    rows, document = array("q"), 0
     while offset <= last:
         rows.append(offset)
         offset += seq_len
-        document = bisect_right(bounds, offset, lo=document) - 1
-        begin, end = bounds[document:document + 2]
+        beyond = min(document + seq_len + 2, len(bounds))    # a row touches no more documents than it has tokens
+        document = bisect_right(bounds, offset, document, beyond) - 1
+        begin, end = bounds[document], bounds[document + 1]
         if begin < offset and end - begin <= seq_len:
             offset = end
     return np.array(rows, dtype=np.int64)
 
+# %% ../nbs/04_loader.ipynb #27
+def _open_shard(file, seq_len, eos_id, mode, vocab_size):
+    "The ids of a shard, mapped, and the offsets of its rows."
+    tokens = read_shard(file, vocab_size).view(np.ndarray)    # slicing a plain array is several times faster
+    starts = document_starts(tokens, eos_id) if mode == "pack" else ()
+    return tokens, plan_rows(len(tokens), starts, seq_len, mode)
+
+
+def _opened_shards(files, first, seq_len, eos_id, mode, vocab_size):
+    "Endless: each of `files` from number `first` on, opened when it is asked for."
+    return (_open_shard(file, seq_len, eos_id, mode, vocab_size) for file in cycle([*files[first:], *files[:first]]))
+
 # %% ../nbs/04_loader.ipynb #29
 class _RowCursor:
-    "Walks the rows of all shards: shard after shard, epoch after epoch, with one shard open at a time."
+    "Walks the rows of all shards: shard after shard, epoch after epoch. `shards` yields each as `_open_shard` does."
 
-    def __init__(self, files, seq_len, eos_id, mode, vocab_size, epoch, shard, token):
-        self.files, self.seq_len, self.eos_id, self.mode, self.vocab_size = files, seq_len, eos_id, mode, vocab_size
+    def __init__(self, files, seq_len, shards, epoch, shard, token):
+        self.files, self.seq_len, self._shards = files, seq_len, shards
         self.epoch, self.shard, self.row = epoch, shard, 0
-        self.tokens = self.starts = None    # of the open shard: its ids, and the offsets of its rows
+        self.windows = self.starts = None    # of the open shard: (any offset, T + 1) ids, and the offsets of its rows
         self.stats = {"shards": 0, "tokens": 0, "used_tokens": 0, "cut_tokens": 0}
         self._open(token)
 
     def _open(self, token=0):
-        "Open the shard under the cursor, or the next with a row at or after `token`."
+        "Take the shard under the cursor, or the next with a row at or after `token`."
         for _ in range(len(self.files) + 1):
-            tokens = read_shard(self.files[self.shard], self.vocab_size)
-            starts = document_starts(tokens, self.eos_id) if self.mode == "pack" else ()
-            self.tokens = tokens.view(np.ndarray)    # slicing a plain array is several times faster
-            self.starts = plan_rows(len(tokens), starts, self.seq_len, self.mode)
+            tokens, self.starts = next(self._shards)
             self.row = int(np.searchsorted(self.starts, token))
             self._count(len(tokens), len(self.starts) * self.seq_len)
             if self.row < len(self.starts):
+                self.windows = sliding_window_view(tokens, self.seq_len + 1)
                 return
             self._next_shard()
             token = 0
@@ -79,30 +94,30 @@ class _RowCursor:
                       "cut_tokens": now["cut_tokens"] + tokens - used_tokens}
 
     def _next_shard(self):
-        self.shard, self.row, self.tokens = self.shard + 1, 0, None    # the file is let go, the next opened when needed
+        self.shard, self.row, self.windows = self.shard + 1, 0, None    # the file is let go
         if self.shard == len(self.files):
             self.shard, self.epoch = 0, self.epoch + 1
 
     def take(self, count):
-        "The next `count` rows as (tokens of the shard, offset, number of targets)."
-        rows = []
-        while len(rows) < count:
-            if self.tokens is None:
+        "The next `count` rows: (windows, offsets of rows) of each shard that they are in."
+        parts = []
+        while count:
+            if self.windows is None:
                 self._open()
-            part = self.starts[self.row:self.row + count - len(rows)].tolist()
-            rows += [(self.tokens, start, self.seq_len) for start in part]
-            self.row += len(part)
+            offsets = self.starts[self.row:self.row + count]
+            parts.append((self.windows, offsets))
+            self.row, count = self.row + len(offsets), count - len(offsets)
             if self.row == len(self.starts):
                 self._next_shard()
-        return rows
+        return parts
 
     def position(self):
         "Where the next row begins; the same for every number of ranks and for every batch size."
-        token = 0 if self.tokens is None else int(self.starts[self.row])
+        token = 0 if self.windows is None else int(self.starts[self.row])
         return {"epoch": self.epoch, "shard": self.shard, "row": self.row, "token": token,
                 "file": Path(self.files[self.shard]).name}
 
-# %% ../nbs/04_loader.ipynb #31
+# %% ../nbs/04_loader.ipynb #32
 IGNORE = -1    # a target that no loss counts
 
 
@@ -113,18 +128,18 @@ class Batch:
     targets: torch.Tensor    # (B, T) int64, IGNORE where nothing is to be predicted
     position: dict           # JSON-able; give it to TokenLoader to go on from here
 
-# %% ../nbs/04_loader.ipynb #32
-def _load_rows(rows, seq_len, pin_memory=False):
+# %% ../nbs/04_loader.ipynb #33
+def _load_rows(rows, seq_len):
     "Copy (tokens, offset, count) rows into fresh (B, T) int64 inputs and targets; beyond `count` is padding."
-    inputs = torch.empty(len(rows), seq_len, dtype=torch.int64, pin_memory=pin_memory)
-    targets = torch.empty(len(rows), seq_len, dtype=torch.int64, pin_memory=pin_memory)
+    inputs = torch.empty(len(rows), seq_len, dtype=torch.int64)
+    targets = torch.empty(len(rows), seq_len, dtype=torch.int64)
     for input_row, target_row, (tokens, start, count) in zip(inputs.numpy(), targets.numpy(), rows):
         input_row[:count] = tokens[start:start + count]
         target_row[:count] = tokens[start + 1:start + count + 1]
         input_row[count:], target_row[count:] = 0, IGNORE
     return inputs, targets
 
-# %% ../nbs/04_loader.ipynb #46
+# %% ../nbs/04_loader.ipynb #47
 def _check_layout(files, batch_size, seq_len, rank, world_size):
     if not files:
         raise ShardError("no shards were given; `shard_files` finds them by a glob")
@@ -133,7 +148,7 @@ def _check_layout(files, batch_size, seq_len, rank, world_size):
     if not 0 <= rank < world_size:
         raise ShardError(f"rank={rank} must be at least 0 and below world_size={world_size}")
 
-# %% ../nbs/04_loader.ipynb #47
+# %% ../nbs/04_loader.ipynb #48
 def _start_of(position, files, begin_shard):
     "(epoch, shard, token) to start from, out of a saved position or a 1-based first shard."
     if position is None:
@@ -141,7 +156,8 @@ def _start_of(position, files, begin_shard):
             raise ShardError(f"begin_shard={begin_shard} must be 1 or more; 1 is the first of {len(files)} shards")
         return 0, (begin_shard - 1) % len(files), 0
     try:
-        epoch, shard, token, name = (position[key] for key in ("epoch", "shard", "token", "file"))
+        epoch, shard, token = (index(position[key]) for key in ("epoch", "shard", "token"))
+        name = position["file"]
         found = 0 <= shard < len(files) and Path(files[shard]).name == name
     except (KeyError, TypeError):
         raise ShardError(f"{position!r} isn't a loader's position; that has epoch, shard, token and file") from None
@@ -150,24 +166,40 @@ def _start_of(position, files, begin_shard):
                          "have it there; give the files it was saved with, or start without a position")
     return epoch, shard, token
 
-# %% ../nbs/04_loader.ipynb #49
-def _global_batches(cursor, batch_size, rank, world_size, pin_memory):
-    "Endless: `rank`'s slice of each global micro-batch, with the position after all of it."
-    while True:
-        rows = cursor.take(batch_size * world_size)
-        mine = rows[rank * batch_size:(rank + 1) * batch_size]
-        yield Batch(*_load_rows(mine, cursor.seq_len, pin_memory), cursor.position())
+# %% ../nbs/04_loader.ipynb #52
+def _gather(parts, out):
+    "Copy the rows that `_RowCursor.take` gave into `out`, (B, T + 1): one indexing for all rows of a shard."
+    filled = 0
+    for windows, offsets in parts:
+        out[filled:filled + len(offsets)] = windows[offsets]
+        filled += len(offsets)
 
-# %% ../nbs/04_loader.ipynb #53
+
+def _split(rows, position, device) -> Batch:
+    "Inputs and targets on `device`, each (B, T) int64, out of (B, T + 1) ids, which travel as the 2 bytes of the file."
+    ids = rows.to(device, non_blocking=True)
+    return Batch(ids[:, :-1].to(torch.int64), ids[:, 1:].to(torch.int64), position)
+
+
+def _global_rows(cursor, batch_size, rank, world_size, pin_memory):
+    "Endless: `rank`'s slice of each global micro-batch, (B, T + 1) uint16, with the position after all of it."
+    while True:
+        rows = torch.empty(batch_size, cursor.seq_len + 1, dtype=torch.uint16, pin_memory=pin_memory)
+        cursor.take(rank * batch_size)
+        _gather(cursor.take(batch_size), rows.numpy())
+        cursor.take((world_size - 1 - rank) * batch_size)
+        yield rows, cursor.position()
+
+# %% ../nbs/04_loader.ipynb #69
 class Prefetcher:
     """Runs `iterator` in a background thread, `depth` items ahead of the consumer.
 
     What the iterator raises comes out of `next`, after the items before it, and again at each later `next`.
     """
 
-    def __init__(self, iterator, depth, thread_setup=None):
+    def __init__(self, iterator, depth, thread_setup=None, name="daisy-prefetch"):
         self._iterator = iterator
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="daisy-prefetch", initializer=thread_setup)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=thread_setup)
         self._ahead = deque(self._pool.submit(next, iterator) for _ in range(depth))
 
     def __iter__(self):
@@ -188,25 +220,32 @@ class Prefetcher:
         if hasattr(self._iterator, "close"):
             self._iterator.close()
 
-# %% ../nbs/04_loader.ipynb #61
+# %% ../nbs/04_loader.ipynb #81
 class TokenLoader:
     """Endless batches from shards: all ranks together read the rows in order, each row once an epoch.
 
     A global micro-batch is `batch_size * world_size` consecutive rows, of which `rank` takes its slice. `position`,
     taken from a batch of any rank and any world size, goes on exactly after it; `begin_shard` counts from 1 and
-    wraps. `prefetch` batches are made ahead in a thread, in pinned memory if `device` is a GPU. `stats` counts the
-    tokens of the shards opened so far, and those cut, which are in no row. Raises `ShardError` for arguments that
-    can't be used, and for a shard that can't be read when its turn comes: the first at once, others out of `next`.
+    wraps. `prefetch` batches are made ahead in a thread, in pinned memory if `device` is a GPU, and another thread
+    opens the next shard while this one is read. `stats` counts the tokens of the shards read from so far, and those
+    cut, which are in no row. Raises `ShardError` for arguments that can't be used, and for a shard that can't be
+    read when its turn comes: the first at once, others out of `next`.
     """
 
     def __init__(self, files, batch_size, seq_len, *, eos_id, rank=0, world_size=1, mode="pack", begin_shard=1,
                  position=None, vocab_size=None, device="cpu", prefetch=2):
         files = [Path(file) for file in files]
         _check_layout(files, batch_size, seq_len, rank, world_size)
+        epoch, shard, token = _start_of(position, files, begin_shard)
         self.device, self._closed = torch.device(device), False
         cuda = self.device.type == "cuda"
-        self._cursor = _RowCursor(files, seq_len, eos_id, mode, vocab_size, *_start_of(position, files, begin_shard))
-        self._batches = _global_batches(self._cursor, batch_size, rank, world_size, pin_memory=cuda)
+        self._shards = _opened_shards(files, shard, seq_len, eos_id, mode, vocab_size)
+        if prefetch:
+            self._shards = Prefetcher(self._shards, 1, name="daisy-open")
+        self._cursor = _RowCursor(files, seq_len, self._shards, epoch, shard, token)
+        self._batches = _global_rows(self._cursor, batch_size, rank, world_size, pin_memory=cuda)
+        if not cuda:    # a GPU's part is done by `next`, on the stream of whoever asks
+            self._batches = (_split(*rows, self.device) for rows in self._batches)
         if prefetch:
             gpu = torch.cuda.current_device() if cuda and self.device.index is None else self.device.index
             # a new thread starts on GPU 0: without this every rank would hold memory there
@@ -223,17 +262,17 @@ class TokenLoader:
         if self._closed:
             raise ShardError("this loader is closed; make a new one from the last batch's position")
         batch = next(self._batches)
-        return Batch(batch.inputs.to(self.device, non_blocking=True),
-                     batch.targets.to(self.device, non_blocking=True), batch.position)
+        return batch if isinstance(batch, Batch) else _split(*batch, self.device)
 
     def close(self):
-        "Stop the thread and let the files go; a second call does nothing."
+        "Stop the threads and let the files go; a second call does nothing."
         if not self._closed:
             self._closed = True
             self._batches.close()
-            self._cursor.tokens = None
+            self._shards.close()
+            self._cursor.windows = None
 
-# %% ../nbs/04_loader.ipynb #75
+# %% ../nbs/04_loader.ipynb #100
 def _validation_rows(files, seq_len, max_tokens, vocab_size):
     "(tokens, offset, count) rows that predict every token after the first of each shard once, up to `max_tokens`."
     left = float("inf") if max_tokens is None else max_tokens

@@ -75,6 +75,12 @@ def layer_windows(num_layers, short, long, pattern="SSSL"):
     return windows[:-1] + [long] * bool(windows)
 
 # %% ../nbs/06_masks.ipynb #41
+def _document_corners(doc_ids_BT, block_size):
+    "The documents of each block's first and last token, two (B, nb)."
+    first, last = doc_ids_BT[:, ::block_size], doc_ids_BT[:, block_size - 1::block_size]
+    return first, torch.cat([last, doc_ids_BT[:, -1:]], dim=1)[:, :first.shape[1]]  # the last block may be short
+
+
 def block_mask(spec, doc_ids_BT=None, seq_len=None, device=None):
     """Two boolean maps (B or 1, nb, nb) over blocks of queries and keys: (full, partial).
 
@@ -87,7 +93,7 @@ def block_mask(spec, doc_ids_BT=None, seq_len=None, device=None):
     last = (first + spec.block_size - 1).clamp(max=seq_len - 1)
     q_first, q_last, k_first, k_last = first[:, None], last[:, None], first[None, :], last[None, :]
     some, every = k_first <= q_last, k_last <= q_first  # causal: the easiest pair, the hardest pair
-    if spec.window:
+    if spec.window and spec.window < seq_len:
         near_some, near_every = k_last > q_first - spec.window, k_first > q_last - spec.window
         if spec.long_every:
             long_range = _is_long_range(spec, k_first // spec.block_size)
@@ -95,10 +101,10 @@ def block_mask(spec, doc_ids_BT=None, seq_len=None, device=None):
         some, every = some & near_some, every & near_every
     some, every = some[None], every[None]  # (1, nb, nb)
     if doc_ids_BT is not None:
-        doc_first, doc_last = doc_ids_BT[:, first], doc_ids_BT[:, last]  # (B, nb)
+        doc_first, doc_last = _document_corners(doc_ids_BT, spec.block_size)
         some = some & (doc_last[:, None, :] >= doc_first[:, :, None])  # the keys' last document reaches the queries'
         every = every & (doc_first[:, None, :] == doc_last[:, :, None])
-    return every, some & ~every
+    return every, some > every  # some and not every
 
 # %% ../nbs/06_masks.ipynb #55
 def _counts_and_indices(blocks):
@@ -121,7 +127,7 @@ def flex_block_mask(spec, doc_ids_BT=None, seq_len=None, device=None):
     if seq_len % spec.block_size:  # a short last block keeps its mask: the kernels read whole blocks
         partial[:, -1] |= full[:, -1]
         full[:, -1] = False
-    window = torch.full((), spec.window or seq_len, device=full.device)
+    window = torch.full((), spec.window or seq_len, device=full.device)  # filled in by the GPU, where torch.tensor would copy and wait
 
     def mask_mod(b, h, q, k):
         near = k > q - window
@@ -157,9 +163,13 @@ def varlen_bounds(doc_ids_BT, capacity=None):
 MIN_CAPACITY, TOKENS_PER_DOCUMENT = 256, 128  # of the bounds of packed documents
 
 
-def varlen_capacity(num_tokens):
-    "How many documents a batch of `num_tokens` has room for: a power of two, or as many as it has tokens."
-    return min(num_tokens, max(MIN_CAPACITY, 1 << (num_tokens // TOKENS_PER_DOCUMENT - 1).bit_length()))
+def varlen_capacity(num_tokens, documents=0):
+    """How many documents to leave room for in batches of `num_tokens`: a power of two, or as many as there are tokens.
+
+    One for every 128 tokens; where a batch was seen to have `documents`, at least twice as many as that.
+    """
+    wanted = max(MIN_CAPACITY, num_tokens // TOKENS_PER_DOCUMENT, 2 * documents)
+    return min(num_tokens, 1 << (wanted - 1).bit_length())
 
 
 class VarlenMask(NamedTuple):

@@ -221,8 +221,9 @@ class Sharded:
 
     def sum_of_squares(self):
         "Of the mean gradients of this rank's pieces; what all ranks have counts on the first only."
-        return sum(g.float().square().sum() for part, pending in zip(self.parts, self.arriving)
-                   if self.ranks.rank == 0 or not isinstance(part, _Copies) for g in [pending.wait()])
+        counted = [pending.wait() for part, pending in zip(self.parts, self.arriving)
+                   if self.ranks.rank == 0 or not isinstance(part, _Copies)]
+        return sum(mine.float().square().sum() for mine in counted)
 
     @torch.no_grad()
     def update(self, scale=None):

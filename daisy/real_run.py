@@ -283,7 +283,8 @@ class Run:
         "Train from `progress` to the last step; returns the last validation."
         config = self.config
         loader = TokenLoader(self.train_files, self.rows, config.max_seq_len, eos_id=self.eos_id, rank=self.ranks.rank,
-                             world_size=self.ranks.world_size, mode=config.loader_mode, begin_shard=config.begin_shard, position=progress.position, vocab_size=config.vocab_size,
+                             world_size=self.ranks.world_size, mode=config.loader_mode, begin_shard=config.begin_shard,
+                             position=progress.position, vocab_size=config.vocab_size,
                              device=self.device)
         try:
             return self._trainer(loader, progress).train()
@@ -601,7 +602,7 @@ def plot_main(argv: list[str] | None = None) -> int:
         return 0
     return one_line_errors("daisy-plot", body)
 
-# %% ../nbs/23_real_run.ipynb #71d74b11
+# %% ../nbs/23_real_run.ipynb #be99c18b
 def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
@@ -633,7 +634,7 @@ def _bench_parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser
 
-# %% ../nbs/23_real_run.ipynb #dd5f1e4b
+# %% ../nbs/23_real_run.ipynb #c51ced4d
 def _attention_rows(args, device):
     "A measurement for each backend, length, window and kind of documents; windows beyond a row are left out."
     for seq_len in args.seq_lens:
@@ -652,11 +653,11 @@ def _model_rows(args, device):
     model = build_model(config.model_type, config_to_dict(config) | dict(eos_token_id=eos_id), device, config.attention, config.seed)
     rows = config.global_batch_size // accumulation_steps(config, world_size=1)
     optimizers = run_optimizers(config, model) if args.optimizer else ()
-    compiled = choose_compilation(config.compile, device)
-    measured = bench_model(model, rows, config.max_seq_len, device, document_tokens=args.documents, compiled=compiled != "false", optimizers=optimizers)
+    measured = bench_model(model, rows, config.max_seq_len, device, document_tokens=args.documents, optimizers=optimizers,
+                           compiled=choose_compilation(config.compile, device))
     yield args.name or Path(args.config).stem, measured | dict(activation_checkpointing=config.activation_checkpointing)
 
-# %% ../nbs/23_real_run.ipynb #3bfdbc29
+# %% ../nbs/23_real_run.ipynb #830711da
 def bench_run(config: TrainConfig, target: float | None = None, like: Run | None = None) -> tuple[dict, Run]:
     """Train `config` in a temporary folder, without checkpoints; returns shape, losses and times, and the run.
 

@@ -5,7 +5,7 @@ __all__ = ['KINDS', 'call_seconds', 'median_seconds', 'matmul_flops_s', 'copy_by
            'profile_ms', 'by_kind', 'machine_name', 'current_commit', 'result_row', 'append_row', 'read_rows',
            'visible_pairs', 'random_documents', 'bench_attention', 'kernels_ms', 'random_batch', 'bench_model']
 
-# %% ../nbs/22_speed.ipynb #0a9a9e75
+# %% ../nbs/22_speed.ipynb #a4352265
 # Tensor legend: B batch (rows), T tokens, H heads, hd head dim, V vocabulary
 import importlib.util
 import json
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-# %% ../nbs/22_speed.ipynb #91583135
+# %% ../nbs/22_speed.ipynb #e5172845
 from .attention import attend, prepare_mask
 from .gpt import GPT, compile_gpt, flops_per_token
 from .masks import MaskSpec, document_ids
 from .trainer import peak_flops
 
-# %% ../nbs/22_speed.ipynb #021596ea
+# %% ../nbs/22_speed.ipynb #b5cde8fb
 def call_seconds(function: Callable, device: torch.device, repeats: int = 20, warmup: int = 3) -> list[float]:
     "Seconds of each of `repeats` calls after `warmup` more; on a GPU by its own clock, with the queue kept full."
     for _ in range(warmup):
@@ -56,7 +56,7 @@ def median_seconds(function: Callable, device: torch.device, repeats: int = 20, 
     "The median of `call_seconds`."
     return statistics.median(call_seconds(function, device, repeats, warmup))
 
-# %% ../nbs/22_speed.ipynb #a0e67833
+# %% ../nbs/22_speed.ipynb #68bce870
 def matmul_flops_s(n: int, dtype: torch.dtype, device: torch.device) -> float:
     "Operations a second in a product of random (n, n) matrices."
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -69,12 +69,12 @@ def copy_bytes_s(num_bytes: int, device: torch.device) -> float:
     target = torch.empty_like(source)
     return 2 * num_bytes / median_seconds(lambda: target.copy_(source), device)
 
-# %% ../nbs/22_speed.ipynb #725f7307
+# %% ../nbs/22_speed.ipynb #cc8faf3a
 def roofline_seconds(flops: float, num_bytes: float, flops_s: float, bytes_s: float) -> float:
     "The least time for so many operations and bytes on a device with these ceilings (Williams et al. 2009)."
     return max(flops / flops_s, num_bytes / bytes_s)
 
-# %% ../nbs/22_speed.ipynb #6c10ed73
+# %% ../nbs/22_speed.ipynb #9d0e760e
 KINDS = {  # what a kernel's or an operation's name gives away; the first that matches counts
     "attention": r"flash|flex|fmha|scaled_dot_product|attention",
     "matmul": r"nvjet|gemm|cutlass|\bmm\b|addmm|bmm|matmul|linear|splitK|cublas",
@@ -112,7 +112,7 @@ def by_kind(times_ms: dict[str, float]) -> dict[str, float]:
         total[kind_of(name)] += ms
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
-# %% ../nbs/22_speed.ipynb #404f090f
+# %% ../nbs/22_speed.ipynb #177b6925
 def machine_name() -> str:
     "The processor and its cores, as the system names them."
     cpuinfo = Path("/proc/cpuinfo")
@@ -155,7 +155,7 @@ def read_rows(path, **wanted) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     return [row for row in rows if all(row.get(field) == value for field, value in wanted.items())]
 
-# %% ../nbs/22_speed.ipynb #4bf4f983
+# %% ../nbs/22_speed.ipynb #c329580f
 def visible_pairs(spec: MaskSpec, doc_ids_BT: Tensor) -> int:
     "How many (query, key) pairs may look: for each token its place in its document, at most the window; no long-range links."
     position = torch.arange(doc_ids_BT.size(1), device=doc_ids_BT.device).expand_as(doc_ids_BT)
@@ -165,7 +165,7 @@ def visible_pairs(spec: MaskSpec, doc_ids_BT: Tensor) -> int:
     seen = position - start + 1
     return int(seen.clamp(max=spec.window).sum() if spec.window else seen.sum())
 
-# %% ../nbs/22_speed.ipynb #9e153942
+# %% ../nbs/22_speed.ipynb #cb3efeea
 def random_documents(batch_size: int, seq_len: int, document_tokens: int, device: torch.device, seed: int = 0) -> Tensor:
     "Document ids (B, T) with documents of `document_tokens` tokens on average; 0: each row is one document."
     generator = torch.Generator().manual_seed(seed)
@@ -231,7 +231,7 @@ def _start_memory(device):
 def _memory_gb(device, before=0):
     return round((torch.cuda.max_memory_allocated(device) - before) / 1e9, 3) if device.type == "cuda" else None
 
-# %% ../nbs/22_speed.ipynb #3902d071
+# %% ../nbs/22_speed.ipynb #ab0f0698
 def random_batch(batch_size: int, seq_len: int, vocab_size: int, eos_id: int, document_tokens: int, device: torch.device, seed: int = 0):
     "Inputs and targets (B, T) of random tokens in documents of `document_tokens` tokens on average; 0: each row is one."
     generator = torch.Generator().manual_seed(seed)
@@ -244,9 +244,10 @@ def random_batch(batch_size: int, seq_len: int, vocab_size: int, eos_id: int, do
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def bench_model(model: GPT, batch_size: int, seq_len: int, device: torch.device, *, document_tokens: int = 0, compiled: bool = True,
+def bench_model(model: GPT, batch_size: int, seq_len: int, device: torch.device, *, document_tokens: int = 0, compiled: str = "layers",
                 optimizers: tuple | list = (), repeats: int = 10) -> dict:
-    '''Time forward and backward of `model` on `batch_size` x `seq_len` random tokens, gradients added up as in accumulation.
+    '''Time forward and backward of `model`, `compiled` by "layers", "full" or "false", on `batch_size` x `seq_len` random tokens,
+    gradients added up as in accumulation.
 
     Returns shape, tokens a second, MFU where the device's peak is known (FLOPs as `flops_per_token` counts them, documents
     not taken off), peak memory, seconds of the first call, milliseconds by kind of kernel; or the `error`. With
@@ -265,7 +266,7 @@ def bench_model(model: GPT, batch_size: int, seq_len: int, device: torch.device,
 def _time_model(model, batch_size, seq_len, device, document_tokens, compiled, optimizers, repeats):
     c = model.config
     inputs, targets = random_batch(batch_size, seq_len, c.vocab_size, c.eos_token_id, document_tokens, device)
-    fast = compile_gpt(model) if compiled else model
+    fast = model if compiled == "false" else compile_gpt(model, compiled)
     _start_memory(device)
 
     def step():

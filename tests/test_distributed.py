@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Ranks add in another order than one process. At full rates and eps 1e-10 AdamW and Muon make so much of the last digit that
 # two orders in ONE process part by 0.1 in 20 steps (lesson 12); at these rates they stay several times below the 1e-4 asked for.
 GENTLE = dict(embed_params_lr=0.01, value_embed_lr=0.002, scalar_params_lr=0.001, hidden_matrix_params_lr=0.002, head_params_lr=0.001,
-              x0_gates_lr=0.002, residual_gates_lr=0.0005, adamw_eps=1e-8)
+              x0_gates_lr=0.002, residual_gates_lr=0.001, adamw_eps=1e-8)
 
 START = """
 import os, signal, sys, time, torch
@@ -27,7 +27,8 @@ from torch import nn
 from daisy.distributed import (
     RankLost, Ranks, all_gather, from_first, join_ranks, leave_ranks, mean_over_ranks, reduce_scatter_mean, sum_over_ranks)
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-def join(timeout_s=60): return join_ranks(rank, world_size, torch.device("cpu"), os.environ.get("ADDRESS", "env://"), timeout_s)
+device = torch.device(f"cuda:{rank}" if "GPUS" in os.environ else "cpu")
+def join(timeout_s=60): return join_ranks(rank, world_size, device, os.environ.get("ADDRESS", "env://"), timeout_s)
 def save(**result): torch.save(result, f"{os.environ['FOLDER']}/{rank}.pt")
 """
 
@@ -36,27 +37,27 @@ def environment(folder, **more):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TESTS": str(ROOT / "tests"), "FOLDER": str(folder), **more}
 
 
-def start(folder, body, number):
+def start(folder, body, number, **more):
     "`number` processes that run `body` and meet at a file."
     (folder / "script.py").write_text(START + body)
     address = (folder / "meeting").as_uri()
     return [subprocess.Popen([sys.executable, str(folder / "script.py")], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env=environment(folder, RANK=str(rank), WORLD_SIZE=str(number), ADDRESS=address)) for rank in range(number)]
+                             env=environment(folder, RANK=str(rank), WORLD_SIZE=str(number), ADDRESS=address, **more)) for rank in range(number)]
 
 
-def run(folder, body, number):
+def run(folder, body, number, **more):
     "What each of `number` processes saved."
-    processes = start(folder, body, number)
+    processes = start(folder, body, number, **more)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(number)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True, map_location="cpu") for rank in range(number)]
 
 
 def model_and_optimizers(ranks, kind="muon", dtype=torch.float32, rates=GENTLE, **settings):
     "A GPT with 3 matrices of some shapes, 12 of another, and an odd number of rows in its embedding."
     model = GPT(GPTConfig(vocab_size=129, eos_token_id=128, num_layers=3, num_heads=2, head_dim=16, model_dim=32, max_seq_len=16), seed=1)
     model.embed.weight = nn.Parameter(model.embed.weight[:129].detach().clone())
-    model.to(dtype)
+    model.to(ranks.device, dtype)
     return model, build_optimizers(model, optimizer=kind, ranks=ranks, muon_weight_decay=0.1, adamw_weight_decay=0.01, **{**rates, **settings})
 
 
@@ -64,7 +65,7 @@ def train(model, optimizers, ranks, steps, grad_clip=0.0):
     "Steps on the same global batches whatever the number of ranks; returns the gradients' norms."
     norms = []
     for step in steps:
-        tokens = torch.randint(128, (6, 17), generator=torch.Generator().manual_seed(step)).chunk(ranks.world_size)[ranks.rank]
+        tokens = torch.randint(128, (6, 17), generator=torch.Generator().manual_seed(step)).chunk(ranks.world_size)[ranks.rank].to(ranks.device)
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         norms.append(take_step(optimizers, grad_clip).item())
     return norms
@@ -153,7 +154,7 @@ def test_many_ranks_are_one(number, kind, grad_clip, tmp_path):
     moved = model_and_optimizers(Ranks(), kind)[0].state_dict()
     for name, p in model.state_dict().items():
         torch.testing.assert_close(reports[0]["model"][name], p, rtol=0, atol=1e-4)
-        assert (p - moved[name]).abs().max() > 1e-3, f"{name} has not moved: the test would show nothing"
+        assert (p - moved[name]).abs().max() > 2e-4, f"{name} has hardly moved: the test would show nothing"
         assert all(torch.equal(report["model"][name], reports[0]["model"][name]) for report in reports)
     torch.testing.assert_close(torch.tensor(reports[0]["norms"]), torch.tensor(norms), rtol=1e-3, atol=1e-5)
     plain = [o.state_dict() for o in optimizers]
@@ -212,6 +213,23 @@ def test_a_run_saved_on_n_ranks_resumes_on_m(before, after, tmp_path):
         result = model.state_dict()
     for name, p in reference.state_dict().items():
         torch.testing.assert_close(result[name], p, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, most", [("adamw", 1e-4), ("muon", 1e-3)])
+def test_many_gpus_are_one(kind, most, tmp_path):
+    "Over NCCL, with the state put together again; Muon's iteration in bfloat16 makes more of the last digit."
+    number = min(3, torch.cuda.device_count())
+    if number < 2: pytest.skip("needs two GPUs")
+    reports = run(tmp_path, TRAIN.format(kind=kind, dtype="float32", settings={}, grad_clip=0.5), number, GPUS="1")
+    alone = Ranks(device=torch.device("cuda:0"))
+    model, optimizers = model_and_optimizers(alone, kind)
+    train(model, optimizers, alone, range(20), 0.5)
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(reports[0]["model"][name], p.cpu(), rtol=0, atol=most)
+        assert all(torch.equal(report["model"][name], reports[0]["model"][name]) for report in reports)
+    for a, b in zip(numbers(reports[-1]["whole"]), numbers([o.state_dict() for o in optimizers]), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.device.type == "cpu"
 
 
 def tmp_path_of(folder, name, *files):

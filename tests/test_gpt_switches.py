@@ -7,7 +7,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from daisy.gpt import GPT, GPTConfig, compile_gpt
+from daisy.gpt import GPT, GPTConfig, activation_bytes, compile_gpt
 
 V, EOS, T = 60, 0, 300  # rows longer than two of the blocks of 128 that long-range links come in
 SHAPE = dict(vocab_size=V, num_layers=4, num_heads=2, head_dim=8, model_dim=32, max_seq_len=T, eos_token_id=EOS, window_short=20)
@@ -293,3 +293,29 @@ def test_what_would_break_the_graph_is_an_error(graphs):
             compile_gpt(model, how, backend=count)(tokens_like(1, 8), tokens_like(1, 8))
     with pytest.raises(ValueError, match="how='fast' is not known: choose layers or full"):
         compile_gpt(model, "fast")
+
+
+# what is kept for the way back
+
+@pytest.mark.parametrize("shape", [dict(), dict(num_kv_heads=1, mlp_ratio=2), dict(value_embeds=False, head_dim=32), dict(value_layers="0 1 2 -1")], ids=str)
+def test_activation_bytes_are_what_torch_saves(shape):
+    "In float32, against the storages that autograd saves, but for weights; T is small, so that masks hardly count."
+    model = GPT(GPTConfig(**{**SHAPE, "num_layers": 6, "model_dim": 96, "head_dim": 16, "max_seq_len": 8, **shape}))
+    tokens, saved = tokens_like(256, 8, low=1), {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.hidden(tokens)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    side_by_side = sum(w.nbytes for name, w in model.named_parameters() if name.endswith(("attn.q.weight", "attn.k.weight", "attn.v.weight")))
+    measured = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in weights) - side_by_side
+    assert abs(activation_bytes(model, tokens.numel()) / measured - 1) < 0.05
+    twin = GPT(model.config, compute_dtype=torch.bfloat16)
+    assert activation_bytes(twin, 100) * 2 == activation_bytes(model, 100)
+
+
+def test_less_is_kept_the_more_is_computed_again():
+    kept = [activation_bytes(GPT(GPTConfig(**SHAPE, activation_checkpointing=how)), 1000) for how in ("none", "cheap", "full")]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3

@@ -128,10 +128,10 @@ def test_bounds_of_fixed_length_end_in_empty_documents_or_are_refused(doc_ids, c
         assert bounds.diff().tolist() == lengths + [0] * (capacity - len(lengths))
 
 
-@given(st.integers(1, 10**6))
-def test_capacity_has_room_for_a_document_every_128_tokens_and_few_shapes(num_tokens):
-    capacity = varlen_capacity(num_tokens)
-    assert min(num_tokens, max(256, num_tokens // 128)) <= capacity <= num_tokens
+@given(st.integers(1, 10**6), st.integers(0, 10**5))
+def test_capacity_has_room_for_what_was_seen_and_few_shapes(num_tokens, documents):
+    capacity = varlen_capacity(num_tokens, documents)
+    assert min(num_tokens, max(256, num_tokens // 128, 2 * documents)) <= capacity <= num_tokens
     assert capacity == num_tokens or capacity.bit_count() == 1
 
 

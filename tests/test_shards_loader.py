@@ -379,7 +379,8 @@ def test_command_says_so_when_the_disk_is_full(corpus, tmp_path):
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)); sys.exit(main())")
     ran = python(code, corpus, tmp_path / "out", "--vocab-size", 270, "--quiet")
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.count("\n") == 1
-    assert "can't be written" in ran.stderr and list((tmp_path / "out").iterdir()) == []
+    assert "can't be written" in ran.stderr and not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.partial"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".building"]  # which the same command goes on with
 
 
 def test_out_dir_is_a_file(corpus, tmp_path, capsys):
@@ -546,17 +547,17 @@ def test_a_shard_is_opened_when_its_turn_comes(tmp_path):
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_file_that_vanishes_between_steps(tmp_path, prefetch):
-    files = write_shards(tmp_path, [[9] * 20, [9] * 20])
+    files = write_shards(tmp_path, [[9] * 20] * 5)
     with contextlib.closing(TokenLoader(files, 1, 8, eos_id=EOS, prefetch=prefetch)) as one:
         next(one)
         files[0].unlink()  # it is mapped, and stays readable
-        files[1].unlink()
+        files[3].unlink()  # neither read now nor opened ahead
         rows = 1
-        with pytest.raises(ShardError, match="train_001.bin.*No such file") as error:
+        with pytest.raises(ShardError, match="train_003.bin.*No such file") as error:
             for _ in one:
                 rows += 1
         one_line(error)
-        assert rows == len(plan_rows(180, np.arange(0, 180, 9), 8))
+        assert rows == 3 * len(plan_rows(180, np.arange(0, 180, 9), 8))
 
 
 def test_an_error_comes_again_and_closing_is_final(tmp_path):
@@ -572,8 +573,8 @@ def test_an_error_comes_again_and_closing_is_final(tmp_path):
         next(one)
 
 
-def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("daisy-prefetch")]
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("daisy-prefetch", "daisy-open"))]
 
 
 def test_threads_end_when_closed_or_forgotten(tmp_path):
@@ -583,13 +584,13 @@ def test_threads_end_when_closed_or_forgotten(tmp_path):
         next(one)
     for one in loaders[:3]:
         one.close()
-    assert len(prefetch_threads()) == 2
-    threads = prefetch_threads()
+    assert len(loader_threads()) == 2 * 2  # one makes batches, one opens shards
+    threads = loader_threads()
     del loaders, one
     gc.collect()
     for thread in threads:
         thread.join(timeout=10)
-    assert not prefetch_threads()
+    assert not loader_threads()
 
 
 def test_a_process_that_forgets_to_close_still_ends(tmp_path):
