@@ -1,8 +1,7 @@
 """Start train.py in one or several processes, as run.sh does; `./run.sh --help` says how."""
 import sys
-from pathlib import Path
 
 from daisy.real_run import launch_main
 
 if __name__ == "__main__":
-    sys.exit(launch_main(Path(__file__).with_name("train.py")))
+    sys.exit(launch_main(__file__.replace("launch.py", "train.py")))

@@ -553,12 +553,10 @@ X_LABELS = {"step": "step", "tokens_seen": "tokens", "train_s": "seconds of trai
 
 
 def metric_curves(rows: list[dict], x: str = "step") -> dict[str, tuple[list, list]]:
-    "From the rows of a log: (x, training loss averaged over about ten steps) and (x, validation loss)."
+    "From the rows of a log: (x, training loss, each the mean over a fiftieth of the steps) and (x, validation loss)."
     steps, validations = ([row for row in rows if name in row] for name in ("loss", "val_loss"))
-    at, average, smooth = {row["step"]: row[x] for row in steps}, None, []
-    for row in steps:
-        average = row["loss"] if average is None else 0.9 * average + 0.1 * row["loss"]
-        smooth.append(average)
+    at, many = {row["step"]: row[x] for row in steps}, max(1, len(steps) // 50)
+    smooth = [statistics.mean(row["loss"] for row in steps[max(0, i + 1 - many):i + 1]) for i in range(len(steps))]
     known = [(row.get(x, at.get(row["step"], 0 if row["step"] == 0 else None)), row["val_loss"]) for row in validations]
     known = [(place, loss) for place, loss in known if place is not None]
     return {"training": ([row[x] for row in steps], smooth), "validation": ([place for place, _ in known], [loss for _, loss in known])}

@@ -218,15 +218,19 @@ def test_who_says_it_first():
 
 # several machines
 
-def test_two_nodes_of_one_process(here):
+@pytest.mark.parametrize("way", ["rdzv_endpoint", pytest.param("node_rank", marks=pytest.mark.slow)])
+def test_two_nodes_of_one_process(here, way):
     "Two launchers meet at a port of this machine and train as two ranks."
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    nodes = [start(here, "nodes", "-n", "1", "--nnodes=2", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", *GENTLE) for _ in range(2)]
+    meet = {"rdzv_endpoint": lambda node: [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"],
+            "node_rank": lambda node: [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]}[way]
+    name = f"nodes_{way}"
+    nodes = [start(here, name, "-n", "1", "--nnodes=2", *meet(node), *GENTLE) for node in range(2)]
     said = [finish(node) for node in nodes]
     assert sorted("2 ranks x 1 x 6 rows" in words for words in said) == [False, True]  # only rank 0 speaks
-    assert_same(here / "nodes", here / "one")
+    assert_same(here / name, here / "one")
 
 
 # how many processes

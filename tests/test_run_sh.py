@@ -224,3 +224,41 @@ def test_the_same_line_twice_gives_the_same_losses(tmp_path):
 
     second, first = tmp_path / "checkpoints" / "metrics.jsonl", tmp_path / "checkpoints" / "run_1" / "metrics.jsonl"
     assert len(losses(first)) >= 4 and losses(first) == losses(second)
+
+
+# recipes: what a scheduler runs ends in the same command
+
+def stand_in_for_run_sh(folder):
+    (folder / "run.sh").write_text(f'#!/bin/sh\nexec "{ROOT}/run.sh" "$@"\n')
+    (folder / "run.sh").chmod(0o755)
+
+
+def test_the_slurm_recipe_starts_run_sh_on_every_node(run, tmp_path):
+    for name, text in (("scontrol", 'echo node7; echo node8'), ("srun", 'echo "srun $*" >&2; shift; exec "$@"')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    stand_in_for_run_sh(tmp_path)
+    env = os.environ | dict(PATH=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2",
+                            SLURM_GPUS_ON_NODE="4", SLURM_JOB_ID="123")
+    recipe = ROOT / "recipes" / "slurm.sbatch"
+    done = subprocess.run([str(recipe), "c.yml", "lr=1"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert set(flags(done)) == {"-n", "4", "--nnodes=2", "--rdzv_id=123", "--rdzv_endpoint=node7:29500"}
+    assert overrides(done) == ["--lr=1"] and done.stderr.startswith("srun --kill-on-bad-exit=1 ./run.sh c.yml")
+    assert "#SBATCH --signal=TERM@" in recipe.read_text()
+    assert subprocess.run([str(recipe)], cwd=tmp_path, env=env, capture_output=True).returncode == 2
+
+
+def test_the_skypilot_recipe_starts_run_sh_on_every_node(run, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    recipe = yaml.safe_load((ROOT / "recipes" / "skypilot.yaml").read_text().replace("/shared", str(tmp_path / "shared")))
+    stand_in_for_run_sh(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "shared" / "data").mkdir(parents=True)
+    (tmp_path / "shared" / "data" / "ready-7").touch()
+    env = os.environ | recipe["envs"] | dict(
+        PATH=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", CONFIG="c.yml", SKYPILOT_NODE_RANK="1", SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+        SKYPILOT_NUM_NODES="2", SKYPILOT_NUM_GPUS_PER_NODE="8", SKYPILOT_TASK_ID="7")
+    done = subprocess.run(["bash", "-c", recipe["run"]], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert flags(done) == ["--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29500", "-n", "8"]
+    assert overrides(done) == [f"--checkpoint_dir={tmp_path}/shared/checkpoints/daisy"]
+    assert recipe["num_nodes"] == 2 and (tmp_path / "data" / "fineweb").resolve() == tmp_path / "shared" / "data"
