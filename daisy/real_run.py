@@ -366,12 +366,15 @@ def one_line_errors(program: str, body, may_say=lambda error: True) -> int:
         return say(f"{program}: stopped by {stopped}; the same command goes on from here", stopped, stopped.exit_code)
     except KeyboardInterrupt as interrupt:
         return say(f"\n{program}: interrupted", interrupt, 130)
-    except torch.cuda.OutOfMemoryError as error:
-        return say(f"{program}: out of GPU memory: lower device_batch_size (the steps stay the same), max_seq_len or the model", error)
     except (ValueError, OSError) as error:
         if os.environ.get("DAISY_TRACEBACK"):
             raise
         return say(f"{program}: {' '.join(str(error).split())}", error)
+    except (RuntimeError, MemoryError) as error:
+        where = "GPU" if isinstance(error, torch.OutOfMemoryError) else "main"
+        if where == "main" and not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        return say(f"{program}: out of {where} memory: lower device_batch_size (the steps stay the same), max_seq_len or the model", error)
 
 
 def first_to_say(error: BaseException, ranks: Ranks) -> bool:

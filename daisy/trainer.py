@@ -363,6 +363,8 @@ class Trainer:
             shown["mfu"] = f"{row['mfu']:.1%}"
         if u.step % self.log_every == 0 or u.step == self.num_iterations:
             self.log(**row)
+        if self.device.type == "cuda":
+            shown["memory"] = f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB"
         self.bar.set_postfix(shown, refresh=False)
 
     def _require_finite(self, value: float, name: str, step: int, source: str = "") -> None:

@@ -16,10 +16,11 @@ import torch
 from test_real_run import CONFIG, ROOT, losses, wait_for_lines
 from test_trainer import Bigram, Loader, make
 
+from daisy import real_run
 from daisy.checkpoint import load_checkpoint
 from daisy.distributed import Ranks
 from daisy.loader import Batch
-from daisy.real_run import first_to_say, processes_to_start, train_main
+from daisy.real_run import first_to_say, launch_main, processes_to_start, train_main
 from daisy.trainer import read_metrics
 
 pytestmark = pytest.mark.skipif(os.name != "posix" or not Path("/proc").is_dir(), reason="finds the ranks in /proc")
@@ -242,3 +243,24 @@ def test_the_default_is_the_gpus_and_an_explicit_number_is_obeyed_or_refused():
     with pytest.raises(ValueError, match="-n 8: only 1 GPU is visible here; use -n 1"): processes_to_start(8, "auto", 1)
     with pytest.raises(ValueError, match="only 4 GPUs are"): processes_to_start(8, "cuda", 4)
     with pytest.raises(ValueError, match="mps"): processes_to_start(2, "mps", 0)
+
+
+@pytest.mark.parametrize("gpus, words, said, started", [
+    (0, ["--"], "processes: 1, not the usual 8, since no GPUs can be used", "here"),
+    (1, ["--"], "processes: 1, not the usual 8, since 1 GPU can be used", "here"),
+    (2, ["--"], "processes: 2, not the usual 8, since 2 GPUs can be used", 2), (8, ["--"], "", 8), (0, ["-n", "1", "--"], "", "here"),
+    (0, ["-n", "3", "--"], "", 3), (1, ["-n", "8", "--"], "-n 8: only 1 GPU is visible here; use -n 1", None),
+    (1, ["-n", "1", "--nnodes=2", "--rdzv_endpoint=a:1", "--"], "", 1)])
+def test_what_is_launched_and_what_is_said_of_it(tmp_path, monkeypatch, capsys, gpus, words, said, started):
+    (tmp_path / "c.yml").write_text("num_iterations: 1\n")
+    calls = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(real_run, "train_main", lambda argv: calls.append(("here", argv)) or 0)
+    monkeypatch.setattr(real_run, "_torchrun", lambda flags, argv: calls.append((flags, argv)) or 0)
+    code = launch_main("train.py", [*words, str(tmp_path / "c.yml"), "lr=1"][:len(words) + 1])
+    out, err = capsys.readouterr()
+    assert said in (out if started else err) and (said or not out + err) and code == (0 if started else 1)
+    if started == "here": assert calls == [("here", [str(tmp_path / "c.yml")])]
+    elif started: assert f"--nproc-per-node={started}" in calls[0][0] and ("--standalone" in calls[0][0]) == ("--nnodes=2" not in words)
+    else: assert not calls

@@ -17,7 +17,7 @@ import torch
 from daisy.checkpoint import load_checkpoint, save_checkpoint
 from daisy.corpus import python_docs
 from daisy.config import KEYS, load_config
-from daisy.real_run import Run, load_model, plot_main, train_main
+from daisy.real_run import Run, load_model, one_line_errors, plot_main, train_main
 from daisy.shards import read_shard, write_shard
 
 ROOT = Path(__file__).parent.parent
@@ -147,9 +147,10 @@ def test_resuming_finished_training_says_there_is_nothing_left(here, reference, 
 
 def test_a_fresh_schedule_really_trains(here, reference, capsys):
     finished = here / "reference" / "state_step_24.pt"
-    for flag in ("--ignore-prior-schedule", "--ignore_prior_schedule=true", "ignore_prior_steps=true"):
+    (here / "tune.yml").write_text((here / "toy.yml").read_text() + f"init_checkpoint: {finished}\nignore_prior_steps: true\n")
+    for name, flag in (("toy", "--ignore-prior-schedule"), ("toy", "--ignore_prior_schedule=true"), ("toy", "ignore_prior_steps=true"), ("tune", "seed=1337")):
         directory = here / f"tuned{len(flag)}"
-        assert train_main([str(here / "toy.yml"), f"init_checkpoint={finished}", flag, f"checkpoint_dir={directory}", "num_iterations=8"]) == 0
+        assert train_main([str(here / f"{name}.yml"), f"init_checkpoint={finished}", flag, f"checkpoint_dir={directory}", "num_iterations=8"]) == 0
         tuned = losses(directory)
         assert [step for step, _ in tuned] == list(range(1, 9)), "the schedule begins at 0 and runs to its end"
         assert tuned[0][1] < reference[0][1] - 0.5, "the weights were loaded"
@@ -373,3 +374,26 @@ def test_a_folder_that_cannot_be_written_is_one_line(here, reference, tmp_path, 
     "A file stands where the folder should be: that stops even the root user."
     (tmp_path / "taken").write_text("")
     ends_in_one_line([here / "toy.yml", f"checkpoint_dir={tmp_path}/taken/run"], ["taken/run", "checkpoint_dir"], capsys)
+
+
+def test_the_command_line_beats_the_checkpoint_where_the_weights_allow_it(here, reference, tmp_path, capsys):
+    finished = here / "reference" / "state_step_24.pt"
+    line = [str(here / "toy.yml"), f"init_checkpoint={finished}", "--ignore-prior-schedule", "num_iterations=2", f"checkpoint_dir={tmp_path}/longer"]
+    assert train_main([*line, "max_seq_len=256", "global_batch_size=2"]) == 0
+    assert load_checkpoint(tmp_path / "longer" / "state_step_2.pt")["tokens_seen"] == 24 * 8 * 64 + 2 * 2 * 256
+    capsys.readouterr()
+    ends_in_one_line([*line[:-1], f"checkpoint_dir={tmp_path}/wider", "model_dim=64"], ["model_dim = 64", "model_dim = 32", str(finished)], capsys)
+    assert not (tmp_path / "wider").exists()
+
+
+@pytest.mark.parametrize("error, where", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "GPU"), (MemoryError(), "main"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "main")])
+def test_memory_that_does_not_fit_names_the_setting_to_lower(error, where, capsys):
+    def body(): raise error
+    assert one_line_errors("train.py", body) == 1
+    said = capsys.readouterr().err
+    assert f"out of {where} memory" in said and "device_batch_size" in said and said.count("\n") == 1
+
+    def other(): raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"): one_line_errors("train.py", other)
