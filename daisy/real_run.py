@@ -7,7 +7,7 @@ __all__ = ['MODEL_CLASSES', 'COMPILED_WORDS', 'PRINT_CONFIG', 'TRAIN_USAGE', 'MO
            'run_schedule', 'restore', 'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts',
            'print_continuation', 'Run', 'one_line_errors', 'first_to_say', 'read_run_config', 'train_main', 'train',
            'processes_to_start', 'rendezvous_flags', 'launch_main', 'read_prompt', 'sample_main', 'metric_curves',
-           'plot_metrics', 'plot_main', 'bench_run', 'bench_main']
+           'plot_metrics', 'plot_main', 'bench_trainer', 'bench_run', 'bench_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -40,10 +40,10 @@ from .distributed import RankLost, Ranks, from_first, join_ranks, leave_ranks
 from .generate import Sampling, generate, stream_text
 from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
-from .optim import build_optimizers, load_optimizer_state
+from .optim import build_optimizers, load_optimizer_state, take_step
 from .schedules import Schedule
 from .shards import build_corpus_shards, read_shard, shard_files, shard_length
-from .speed import append_row, bench_attention, bench_model, current_commit, machine_name, result_row
+from .speed import append_row, bench_attention, bench_model, current_commit, machine_name, median_seconds, result_row
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
 from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics, summary_writer, tensorboard_log
 
@@ -626,10 +626,12 @@ def _bench_parser() -> argparse.ArgumentParser:
     runs.add_argument("--seeds", type=int, default=1, help="runs of each variant")
     runs.add_argument("--variant", action="append", default=[], metavar="NAME: key=value ...", help="what to change; may be given several times")
     runs.add_argument("--target", type=float, help="validation loss whose time is to be reported")
-    for command in (model, runs):
+    trainer = what.add_parser("trainer", allow_abbrev=False, help="what the trainer adds to bare steps, and how long a snapshot takes")
+    trainer.add_argument("--steps", type=int, default=50, help="steps of each kind (%(default)s)")
+    for command in (model, runs, trainer):
         command.add_argument("config", help="a YAML file of config/; key=value changes it, before or after the options")
         command.add_argument("--name", default="", help="the row's name")
-    for command in (attention, model, runs):
+    for command in (attention, model, runs, trainer):
         command.add_argument("--out", help="the JSONL file to append to (results/WHAT.jsonl)")
         command.add_argument("--commit", help="what the row says of the code's commit, where git can't")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -657,6 +659,38 @@ def _model_rows(args, device):
     measured = bench_model(model, rows, config.max_seq_len, device, document_tokens=args.documents, optimizers=optimizers,
                            compiled=choose_compilation(config.compile, device))
     yield args.name or Path(args.config).stem, measured | dict(activation_checkpointing=config.activation_checkpointing)
+
+# %% ../nbs/23_real_run.ipynb #be7c0002
+def bench_trainer(config: TrainConfig, steps: int = 50) -> dict:
+    "Median seconds of a step with the trainer and bare, the trainer's part in it, and the median seconds of three snapshots."
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        run = Run(replace(config, checkpoint_dir=folder, save_checkpoint=False, resume="never", num_iterations=steps, val_loss_every=steps))
+        progress = Progress()
+        run.fit(progress)
+        rows = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if "tok_s" in row][steps // 5:]
+        snapshot_s = median_seconds(lambda: run.snapshot(progress), torch.device("cpu"), repeats=3, warmup=1)
+        size_gb = latest_checkpoint(folder).stat().st_size / 1e9
+    batch_tokens = config.global_batch_size * config.max_seq_len
+    step_s, bare_s = batch_tokens / statistics.median(row["tok_s"] for row in rows), _bare_step_s(run, steps)
+    return dict(num_layers=config.num_layers, model_dim=config.model_dim, max_seq_len=config.max_seq_len, batch_tokens=batch_tokens, steps=steps,
+                step_s=round(step_s, 5), bare_step_s=round(bare_s, 5), overhead=round(step_s / bare_s - 1, 4), snapshot_s=round(snapshot_s, 3),
+                snapshot_gb=round(size_gb, 3))
+
+
+def _bare_step_s(run: Run, steps: int) -> float:
+    loader = TokenLoader(run.train_files, run.rows, run.config.max_seq_len, eos_id=run.eos_id, device=run.device)
+    batches = [next(loader) for _ in range(run.accumulation)]
+    loader.close()
+
+    def step():
+        for batch in batches: (run.fast_model(batch.inputs, batch.targets) / len(batches)).backward()
+        take_step(run.optimizers, run.config.grad_clip)
+    return median_seconds(step, run.device, repeats=steps)
+
+
+def _trainer_rows(args, device):
+    config = load_config(args.config, [*args.overrides, f"device={device.type}"])
+    yield args.name or Path(args.config).stem, bench_trainer(config, args.steps)
 
 # %% ../nbs/23_real_run.ipynb #830711da
 def bench_run(config: TrainConfig, target: float | None = None, like: Run | None = None) -> tuple[dict, Run]:
@@ -707,7 +741,7 @@ def _repeatable(argv: list[str]) -> str:
 
 
 def bench_main(argv: list[str] | None = None) -> int:
-    "The command `daisy-bench attention|model|train ...`; returns the exit code."
+    "The command `daisy-bench attention|model|train|trainer ...`; returns the exit code."
     argv = sys.argv[1:] if argv is None else argv
     parser = _bench_parser()
     try:
@@ -719,7 +753,7 @@ def bench_main(argv: list[str] | None = None) -> int:
 
     def body():
         device = choose_device(args.device)
-        rows = dict(attention=_attention_rows, model=_model_rows, train=_run_rows)[args.what](args, device)
+        rows = dict(attention=_attention_rows, model=_model_rows, train=_run_rows, trainer=_trainer_rows)[args.what](args, device)
         for name, measured in rows:
             row = result_row(name, _repeatable(argv), device, args.commit, **measured)
             append_row(args.out or f"results/{args.what}.jsonl", row)
