@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from daisy import checkpoint as ck
-from daisy.checkpoint import (CheckpointError, finish_run, latest_checkpoint, load_checkpoint, open_run, random_state,
-                              save_checkpoint, set_random_state)
+from daisy.checkpoint import (CheckpointError, Saver, finish_run, latest_checkpoint, load_checkpoint, open_run,
+                              random_state, save_checkpoint, set_random_state)
 from daisy.config import (DEFAULTS, FREE_KEYS, KEYS, ConfigError, TrainConfig, accumulation_steps, config_from_dict, config_help,
                           config_sources, config_to_dict, load_config, parse_overrides, read_yaml)
 
@@ -514,3 +514,37 @@ def test_a_key_added_by_a_newer_daisy_doesnt_end_the_run(tmp_path):
     assert open_run(tmp_path, CONFIG) == path
     with pytest.raises(CheckpointError, match="grad_clip"):
         open_run(tmp_path, CONFIG | dict(grad_clip=1.0))
+
+
+def test_a_background_save_is_of_the_moment_and_uses_its_memory_again(tmp_path):
+    saver, payload = Saver(tmp_path, keep=2), {"model": {"w": torch.arange(10.0), "empty": torch.empty(0)}, "list": [torch.ones(2, 3).T], "n": (1, None)}
+    payload["model"]["tied"] = payload["model"]["w"]
+    for step in (1, 2, 3):
+        expected = payload["model"]["w"].clone()
+        assert saver.save(step, payload) == tmp_path / f"state_step_{step}.pt"
+        places = {place: copy.data_ptr() for place, copy in saver.copies.items()}
+        payload["model"]["w"] += 1
+        saver.wait()
+        saved = load_checkpoint(tmp_path / f"state_step_{step}.pt")
+        assert torch.equal(saved["model"]["w"], expected) and torch.equal(saved["list"][0], payload["list"][0]) and saved["n"] == (1, None)
+        assert saved["model"]["tied"].data_ptr() == saved["model"]["w"].data_ptr()
+        assert step == 1 or places == before
+        before = places
+    assert sorted(path.name for path in tmp_path.glob("state*")) == ["state_step_2.pt", "state_step_3.pt"]
+    saver.save(4, {"model": {"w": torch.zeros(3)}})  # another shape
+    saver.wait()
+    assert load_checkpoint(latest_checkpoint(tmp_path))["model"]["w"].shape == (3,)
+
+
+def test_a_background_save_that_fails_says_so_once_and_the_next_is_tried(tmp_path):
+    (tmp_path / "taken").write_text("")
+    saver = Saver(tmp_path / "taken" / "run")
+    saver.save(1, PAYLOAD)
+    with pytest.raises(CheckpointError) as error: saver.save(2, PAYLOAD)
+    assert "state_step_1.pt" in one_line(error)
+    (tmp_path / "taken").unlink()
+    saver.save(3, PAYLOAD)
+    saver.wait()
+    saver.wait()
+    assert load_checkpoint(latest_checkpoint(tmp_path / "taken" / "run"))["step"] == 3
+    with pytest.raises(CheckpointError): saver.save(4, {"a": object()})

@@ -32,7 +32,7 @@ PROMISES = {
     "validations and snapshots at their steps, at the end and on a signal": "trainer: when_it_validates_and_when_it_saves, a_signal_lets_the_step_end_and_saves_it, "
         "save_checkpoint_false_never_saves; real_run: save_checkpoint_false_writes_none",
     "an unknown model_type lists the known": "real_run: a_mistake_is_one_line",
-    "checkpoints are whole or refused": "config_checkpoint: keeps_the_last_written, killed_at_each_call_of_a_save, full_disk, read_only_folder, "
+    "checkpoints are whole or refused": "config_checkpoint: keeps_the_last_written, killed_at_each_call_of_a_save, a_background_save_is_of_the_moment_and_uses_its_memory_again, full_disk, read_only_folder, "
         "bad_files_are_refused_by_name_and_reason; real_run: a_checkpoint_that_is_none_is_refused, a_disk_that_fills_up_leaves_the_last_checkpoint, "
         "a_folder_that_cannot_be_written_is_one_line, a_checkpoint_of_an_older_daisy_loads",
     "all ranks see the same": "ranks: several_ranks_give_the_losses_of_one, a_mistake_that_all_ranks_notice_is_said_once; trainer: evaluate_counts_each_target_once",

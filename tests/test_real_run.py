@@ -320,20 +320,20 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(here, reference, tmp_pa
     assert losses(tmp_path) == reference
 
 
-def test_a_shard_that_vanishes_is_named(here, tmp_path, monkeypatch, capsys):
+def test_a_shard_that_vanishes_is_named(here, reference, tmp_path, monkeypatch, capsys):
     tokens = read_shard(next((here / "shards").glob("train_*.bin")))
     shutil.copytree(here / "shards", tmp_path / "shards")
     for old in (tmp_path / "shards").glob("train_*.bin"): old.unlink()
-    write_shard(tmp_path / "shards" / "train_000.bin", tokens[:7000])
-    write_shard(tmp_path / "shards" / "train_001.bin", tokens[7000:])
+    for number, part in enumerate((tokens[:5000], tokens[5000:10000], tokens[10000:])):  # the loader opens the next one early
+        write_shard(tmp_path / "shards" / f"train_00{number}.bin", part)
     real = Run.snapshot
 
     def snapshot(run, progress):
-        (tmp_path / "shards" / "train_001.bin").unlink(missing_ok=True)
+        (tmp_path / "shards" / "train_002.bin").unlink(missing_ok=True)
         return real(run, progress)
     monkeypatch.setattr(Run, "snapshot", snapshot)
     ends_in_one_line([here / "toy.yml", f"train_files={tmp_path}/shards/train_*.bin", f"val_files={tmp_path}/shards/val_*.bin",
-                      f"checkpoint_dir={tmp_path}/run"], ["train_001.bin"], capsys)
+                      f"checkpoint_dir={tmp_path}/run"], ["train_002.bin"], capsys)
     assert load_checkpoint(max((tmp_path / "run").glob("state_step_*.pt"), key=os.path.getmtime))["step"] >= 4
 
 
