@@ -54,11 +54,15 @@ def batch_of(tokens, seed):
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-@pytest.mark.parametrize("how", ["layers", "full"])
-@pytest.mark.parametrize("tokens,window,extras", [
-    (256, 64, {}), (2048, 512, {}), (640, 100, ALL), (640, 100, dict(long_every=2)), (256, 64, dict(activation_checkpointing="cheap")),
-    (256, 64, dict(activation_checkpointing="full", tie_head=True))], ids=str)
-def test_compiled_model_agrees_with_the_plain_one(tokens, window, extras, how, tolerance=1e-3):
+CHEAP, FULL = dict(activation_checkpointing="cheap"), dict(activation_checkpointing="full")
+WAYS = [("layers", {}), ("layers", ALL), ("layers", CHEAP), ("layers", FULL), ("full", {}), ("full", CHEAP)]  # each takes seconds to compile
+flash = pytest.param("flash", marks=pytest.mark.skipif(not flash_installed(), reason="needs flash-attn-4"))
+
+
+@pytest.mark.parametrize("how,tokens,window,extras", [
+    ("layers", 256, 64, {}), ("layers", 2048, 512, {}), ("layers", 640, 100, ALL), ("layers", 640, 100, dict(long_every=2)),
+    ("layers", 256, 64, CHEAP), ("layers", 256, 64, dict(FULL, tie_head=True)), ("full", 256, 64, {}), ("full", 640, 100, ALL)], ids=str)
+def test_compiled_model_agrees_with_the_plain_one(how, tokens, window, extras, tolerance=1e-3):
     "Loss and every gradient in float32, over several batches: a mask built wrongly shows most in the gradients."
     torch._dynamo.reset()
     plain, fast = two_models(tokens, window, how, backend="flex", **extras)
@@ -71,10 +75,9 @@ def test_compiled_model_agrees_with_the_plain_one(tokens, window, extras, how, t
         plain.zero_grad(), fast.zero_grad()
 
 
-@pytest.mark.parametrize("how", ["layers", "full"])
-@pytest.mark.parametrize("backend", ["sdpa", "flex", pytest.param("flash", marks=pytest.mark.skipif(not flash_installed(), reason="needs flash-attn-4"))])
-@pytest.mark.parametrize("extras", [{}, ALL, dict(activation_checkpointing="cheap"), dict(activation_checkpointing="full")], ids=str)
-def test_in_bfloat16_loss_and_gradients_come_near_float32(backend, extras, how):
+@pytest.mark.parametrize("backend", ["flex", flash])
+@pytest.mark.parametrize("how,extras", WAYS, ids=str)
+def test_in_bfloat16_loss_and_gradients_come_near_float32(backend, how, extras):
     torch._dynamo.reset()
     plain, fast = two_models(1024, 256, how, backend=backend, compute_dtype=torch.bfloat16, **extras)
     inputs, targets = batch_of(1024, 0)
@@ -85,12 +88,11 @@ def test_in_bfloat16_loss_and_gradients_come_near_float32(backend, extras, how):
     assert relative(*together) < 5e-2
 
 
-@pytest.mark.parametrize("backend", ["flex", pytest.param("flash", marks=pytest.mark.skipif(not flash_installed(), reason="needs flash-attn-4"))])
-@pytest.mark.parametrize("how", ["layers", "full"])
-@pytest.mark.parametrize("recomputed", ["none", "cheap"])
-def test_a_window_schedule_compiles_nothing_again(backend, how, recomputed):
+@pytest.mark.parametrize("backend", ["flex", flash])
+@pytest.mark.parametrize("how,extras", [("layers", {}), ("layers", CHEAP), ("full", {})], ids=str)
+def test_a_window_schedule_compiles_nothing_again(backend, how, extras):
     torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
-    _, fast = two_models(1024, 256, how, backend=backend, compute_dtype=torch.bfloat16, activation_checkpointing=recomputed)
+    _, fast = two_models(1024, 256, how, backend=backend, compute_dtype=torch.bfloat16, **extras)
     seen = []
     for seed, fraction in enumerate((0.25, 0.25, 0.5, 0.75, 1.0)):
         fast.model.set_window_fraction(fraction)
