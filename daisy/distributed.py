@@ -57,7 +57,8 @@ def join_ranks(rank: int, world_size: int, device: torch.device, address: str = 
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
                                 world_size=world_size, timeout=timeout, device_id=device if cuda else None)
     except RuntimeError as error:
-        raise RankLost(f"rank {rank} of {world_size} waited {timeout_s:.0f} s at {address} and not all came: {error}") from error
+        raise RankLost(f"rank {rank} of {world_size} waited {timeout_s:.0f} s at {address} and not all came: "
+                       f"{str(error).splitlines()[0]}") from error
     return Ranks(rank, world_size, device, dist.PrefixStore("daisy", store), timeout_s)
 
 # %% ../nbs/11_distributed.ipynb #b85d2961

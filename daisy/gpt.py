@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from .attention import GATE_CHANNELS, CausalSelfAttention, KVCache, Linear, prepare_mask, rms_norm
 from .block import MLP, Block, init_block
 from .loader import IGNORE
-from .masks import MaskSpec, dense_mask, document_ids, layer_windows
+from .masks import MaskSpec, dense_mask, document_ids, layer_windows, varlen_capacity
 from .rope import rope_tables
 
 # %% ../nbs/09_gpt.ipynb #15
@@ -224,6 +224,7 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.backend, self.compute_dtype, self.window_fraction = backend, compute_dtype, 1.0
+        self._rooms: dict[int, int] = {}  # tokens of a batch -> documents that flash has room for
         value_dim = c.kv_heads * c.head_dim
         self.embed = nn.Embedding(c.padded_vocab_size, c.model_dim)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(c.padded_vocab_size, value_dim) for i in c.value_embed_layers})
@@ -354,13 +355,22 @@ class GPT(nn.Module):
         c = self.config
         doc_ids = document_ids(tokens, c.eos_token_id)
         if cache is None:
-            return {w: prepare_mask(self.backend, self._spec(w), doc_ids) for w in set(c.windows)}
+            room = self._room(doc_ids)
+            return {w: prepare_mask(self.backend, self._spec(w), doc_ids, room) for w in set(c.windows)}
         start, end = cache.length, cache.length + tokens.size(1)
         if end > cache.capacity:
             raise ValueError(f"{end} tokens don't fit a cache of {cache.capacity}: make it with new_cache(batch_size, {end})")
         before = cache.doc_ids[:, start - 1:start] if start else 0
         cache.doc_ids[:, start:end] = before + doc_ids
         return {w: dense_mask(self._spec(w), cache.doc_ids[:, :end], start=start) for w in set(c.windows)}
+
+    def _room(self, doc_ids: Tensor) -> int | None:
+        "For flash, places for documents: twice those of the first batch of this size, since counting each would wait for the GPU."
+        size = doc_ids.numel()
+        if self.backend == "flash" and size not in self._rooms:
+            documents = int((doc_ids[:, -1] - doc_ids[:, 0] + 1).sum())
+            self._rooms[size] = varlen_capacity(size, documents)
+        return self._rooms.get(size)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         "An empty cache for `capacity` tokens, in the type that the model computes in."

@@ -97,6 +97,7 @@ def run_lesson(path) -> str | None:
                 return f"{cell.source}\n\n{''.join(errors[0]['traceback'])}"
             cell.outputs = readable_outputs(cell.outputs, seen)
             if "code-fold:" in cell.directives_: cell.metadata["jupyter"] = {"source_hidden": True}
+    with working_directory(path.parent):  # again: the lesson may have gone elsewhere, and nbdev looks for its settings here
         write_nb(notebook, path)
         nbdev_clean(fname=str(path))
 

@@ -113,7 +113,9 @@ class _Stack:
     def take_gradients(self, mine):
         for piece, grad in zip(self.pieces, mine): piece.grad = grad
 
-    def send_update(self): return all_gather(self._stacked(self.pieces, self.params[0].shape, self.params[0].dtype), self.number, self.ranks)
+    def send_update(self):
+        mine = self._stacked(self.pieces, self.params[0].shape, self.params[0].dtype)
+        return all_gather(mine, self.number, self.ranks)
 
     def write(self, whole): torch._foreach_copy_(self.params, list(whole))
 
@@ -265,14 +267,16 @@ class Sharded:
             own.update(zip(part.pieces, part.own_state([saved.get(number[p]) for p in part.params])))
         inner = self.inner.state_dict()
         pieces = [piece for part in self.parts for piece in part.pieces]
-        groups = [{**theirs, "params": ours["params"]} for theirs, ours in zip(state_dict["param_groups"], inner["param_groups"], strict=True)]
+        groups = [{**theirs, "params": ours["params"]}
+                  for theirs, ours in zip(state_dict["param_groups"], inner["param_groups"], strict=True)]
         self.inner.load_state_dict({"state": {i: own[piece] for i, piece in enumerate(pieces) if own[piece]}, "param_groups": groups})
 
 # %% ../nbs/12_optim.ipynb #4b04a50d
 def gradient_norm(optimizers):
     "The length of all gradients together, as a tensor; on several ranks, that of their mean."
     if not isinstance(optimizers[0], Sharded):
-        return nn.utils.get_total_norm([p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None])
+        params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     return sum_over_ranks(sum(o.sum_of_squares() for o in optimizers), optimizers[0].ranks).wait().sqrt()
 
 

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'call_seconds', 'median_seconds', 'matmul_flops_s', 'copy_bytes_s', 'roofline_seconds', 'kind_of',
            'profile_ms', 'by_kind', 'machine_name', 'current_commit', 'result_row', 'append_row', 'read_rows',
-           'visible_pairs', 'random_documents', 'bench_attention', 'kernels_ms', 'random_batch', 'bench_model']
+           'visible_pairs', 'random_documents', 'bench_attention', 'kernels_ms', 'random_batch', 'model_flops',
+           'bench_model']
 
 # %% ../nbs/22_speed.ipynb #a4352265
 # Tensor legend: B batch (rows), T tokens, H heads, hd head dim, V vocabulary
@@ -244,13 +245,20 @@ def random_batch(batch_size: int, seq_len: int, vocab_size: int, eos_id: int, do
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def model_flops(model: GPT, doc_ids: Tensor) -> float:
+    "Operations of a forward and backward over rows of documents `doc_ids` (B, T): `flops_per_token`'s, on visible pairs alone."
+    c, (rows, seq_len) = model.config, doc_ids.shape
+    pairs_as_counted, pairs = (sum(visible_pairs(MaskSpec(window=w), ids) for w in c.windows) for ids in (torch.zeros_like(doc_ids), doc_ids))
+    return flops_per_token(model, seq_len) * rows * seq_len - 12 * c.num_heads * c.head_dim * (pairs_as_counted - pairs)
+
+
 def bench_model(model: GPT, batch_size: int, seq_len: int, device: torch.device, *, document_tokens: int = 0, compiled: str = "layers",
                 optimizers: tuple | list = (), repeats: int = 10) -> dict:
     '''Time forward and backward of `model`, `compiled` by "layers", "full" or "false", on `batch_size` x `seq_len` random tokens,
     gradients added up as in accumulation.
 
-    Returns shape, tokens a second, MFU where the device's peak is known (FLOPs as `flops_per_token` counts them, documents
-    not taken off), peak memory, seconds of the first call, milliseconds by kind of kernel; or the `error`. With
+    Returns shape, tokens a second, MFU where the device's peak is known (pairs that a document's end hides are no FLOPs of
+    the model's), peak memory, seconds of the first call, milliseconds by kind of kernel; or the `error`. With
     `optimizers` also the milliseconds of their step; their state then counts in the peak memory.
     '''
     c = model.config
@@ -276,7 +284,8 @@ def _time_model(model, batch_size, seq_len, device, document_tokens, compiled, o
     update_ms = 1e3 * sum(median_seconds(optimizer.step, device, repeats=3, warmup=1) for optimizer in optimizers)
     seconds = median_seconds(step, device, repeats)
     tok_s, peak = batch_size * seq_len / seconds, peak_flops(device)
-    return dict(tok_s=round(tok_s), step_ms=round(1e3 * seconds, 2), mfu=round(tok_s * flops_per_token(model, seq_len) / peak, 4) if peak else None,
+    flops = model_flops(model, document_ids(inputs, c.eos_token_id))
+    return dict(tok_s=round(tok_s), step_ms=round(1e3 * seconds, 2), mfu=round(flops / seconds / peak, 4) if peak else None,
                 memory_gb=_memory_gb(device), compile_s=round(compile_s, 1),
                 **(dict(optimizer_ms=round(update_ms, 2)) if optimizers else {}),
                 kinds_ms={kind: round(ms, 2) for kind, ms in by_kind(profile_ms(step, device)).items()})

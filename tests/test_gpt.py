@@ -310,3 +310,13 @@ def test_one_batch_can_be_overfitted(extras):
         loss = model(rows[:, :-1], rows[:, 1:])
         optimizer.zero_grad(); loss.backward(); optimizer.step()
     assert loss < 0.3
+
+
+def test_flash_has_room_for_twice_the_documents_of_the_first_batch():
+    "Dense documents at the start make room; the number of places, and so the compiled shape, then stays."
+    config = GPTConfig(vocab_size=50, num_layers=2, num_heads=1, head_dim=8, model_dim=8, max_seq_len=2048, eos_token_id=0)
+    model, tokens = GPT(config, backend="flash"), torch.ones(2, 2048, dtype=torch.long)
+    tokens[:, ::4] = 0  # 1,024 documents of 4 tokens, four times what 2 x 2,048 tokens get unasked
+    places = [len(next(iter(model.masks(batch).values())).bounds) - 1 for batch in (tokens, torch.ones_like(tokens), tokens[:, :64])]
+    assert places == [2048, 2048, 128]
+    assert len(next(iter(GPT(config, backend="flash").masks(torch.ones_like(tokens)).values())).bounds) - 1 == 256

@@ -427,7 +427,8 @@ def test_setting_twice_is_setting_once():
     assert matrix["lr"] == pytest.approx(0.02 * 0.4) and matrix["weight_decay"] == pytest.approx(0.1 * 0.4) and matrix["momentum"] == 0.95
 
 
-@pytest.mark.parametrize("mistake", [dict(total_iters=0), dict(cooldown_frac=50), dict(cooldown_shape="sqrt"), dict(window_start=0.0), dict(batch_start=1.5), dict(batch_stages=1),
+@pytest.mark.parametrize("mistake", [dict(total_iters=0), dict(cooldown_frac=50), dict(cooldown_shape="sqrt"), dict(window_start=0.0),
+                                     dict(batch_start=1.5), dict(batch_stages=1),
                                      dict(warmup_steps=-1)])
 def test_a_setting_out_of_range_is_named(mistake):
     with pytest.raises(ValueError, match=next(iter(mistake))) as error:
