@@ -100,6 +100,15 @@ def test_a_batch_that_does_not_divide_is_one_line(here):
     assert not (here / "seven").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_losses_of_one(here):
+    for number in (1, 2):
+        finish(start(here, f"gpus_{number}", "-n", str(number), *GENTLE, "device=cuda", "attention=sdpa", "compile=false"), timeout=300)
+    one, two = (losses(here / f"gpus_{number}") for number in (1, 2))
+    assert [step for step, _ in one] == [step for step, _ in two] and max(abs(a - b) for (_, a), (_, b) in zip(one, two)) < 0.02  # bf16
+
+
 # the share of each rank in a step whose targets don't all count
 
 UNEQUAL = """
