@@ -394,7 +394,7 @@ class CompiledGPT(nn.Module):
             raise ValueError(f"how={how!r} is not known: choose layers or full")
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, **compile_options)
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
-        logging.getLogger("torch._dynamo.variables.higher_order_ops").addFilter(_is_news)
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_news)
         self.model = model
         if how == "full":
             self.compute = compiled(model.compute)

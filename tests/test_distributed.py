@@ -55,7 +55,7 @@ def run(folder, body, number, **more):
 
 def model_and_optimizers(ranks, kind="muon", dtype=torch.float32, rates=GENTLE, **settings):
     "A GPT with 3 matrices of some shapes, 12 of another, and an odd number of rows in its embedding."
-    model = GPT(GPTConfig(vocab_size=129, eos_token_id=128, num_layers=3, num_heads=2, head_dim=16, model_dim=32, max_seq_len=16), seed=1)
+    model = GPT(GPTConfig(vocab_size=129, eos_token_id=128, num_layers=3, num_heads=2, head_dim=16, model_dim=32, max_seq_len=16), seed=1, compute_dtype=dtype)
     model.embed.weight = nn.Parameter(model.embed.weight[:129].detach().clone())
     model.to(ranks.device, dtype)
     return model, build_optimizers(model, optimizer=kind, ranks=ranks, muon_weight_decay=0.1, adamw_weight_decay=0.01, **{**rates, **settings})
