@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from .masks import MaskSpec, VarlenMask, dense_mask, flex_block_mask, varlen_mask
@@ -64,7 +64,7 @@ def _flash_options(bounds: Tensor, max_seq_len: int, window: Tensor, scale: floa
                 max_seqlen_q=max_seq_len, max_seqlen_k=max_seq_len, **local)
 
 
-@torch.library.custom_op("daisy::flash_forward", mutates_args=())
+@library.custom_op("daisy::flash_forward", mutates_args=())
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: Tensor, max_seq_len: int,
                   scale: float) -> tuple[Tensor, Tensor]:
     "Packed q (N, H, hd), k and v (N, K, hd) in bfloat16 -> output (N, H, hd), log-sum-exp of the scores (H, N) in float32."
@@ -75,7 +75,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: Tenso
     return output, lse
 
 
-@torch.library.custom_op("daisy::flash_backward", mutates_args=())
+@library.custom_op("daisy::flash_backward", mutates_args=())
 def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, bounds: Tensor, window: Tensor,
                    max_seq_len: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of q, k and v, in their shapes."

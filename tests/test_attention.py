@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import daisy.attention as attention
@@ -185,7 +185,7 @@ def test_flash_operators_keep_torchs_rules(flash_calls):
     q, k, v, _ = random_inputs(doc_ids, 4, 2, 16, torch.bfloat16)
     packed = [x.flatten(0, 1).requires_grad_() for x in (q, k, v)]
     mask = prepare_mask("flash", MaskSpec(5), doc_ids)
-    torch.library.opcheck(flash_forward, (*packed, mask.bounds, mask.window, mask.max_seq_len, 0.25), atol=1e-2, rtol=1e-2)
+    library.opcheck(flash_forward, (*packed, mask.bounds, mask.window, mask.max_seq_len, 0.25), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash"])
