@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
@@ -221,6 +221,21 @@ def _ctrl_c_waits():
         if before is not None: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _result(future, pool):
+    "Wait for `future`. The pool misses a process that dies in the middle of sending a result, so look for the dead too."
+    while not future.done():
+        wait([future], timeout=0.5)
+        if not future.done() and any(process.exitcode is not None for process in (pool._processes or {}).values()):
+            raise BrokenProcessPool
+    return future.result()
+
+
+def _end_at_once(pool):
+    "Kill what is left of a broken pool, and let its thread see the end of what it waits for."
+    for process in (pool._processes or {}).values(): process.kill()
+    if pool._result_queue is not None: pool._result_queue._writer.close()
+
+
 def _encode_in_processes(enc, batches, num_processes):
     "What `_encode_batch` makes of each batch, in order; two batches a process are under way at a time."
     pool = ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (enc,))
@@ -229,10 +244,11 @@ def _encode_in_processes(enc, batches, num_processes):
         with _ctrl_c_waits():
             ahead = deque(pool.submit(_encode_in_worker, batch) for batch in first)
         while ahead:
-            encoded = ahead.popleft().result()
+            encoded = _result(ahead.popleft(), pool)
             ahead.extend(pool.submit(_encode_in_worker, batch) for batch in islice(batches, 1))
             yield encoded
     except BrokenProcessPool:
+        _end_at_once(pool)
         raise EncodingError(f"one of {num_processes} processes that encode has died: killed, out of memory, or started by "
                             "a script without `if __name__ == '__main__':`; try num_processes=1") from None
     finally:

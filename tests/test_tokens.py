@@ -243,6 +243,31 @@ def test_a_worker_that_dies_is_one_clear_error(running):
     assert errors.splitlines()[-1].startswith("daisy.tokens.EncodingError: one of 2 processes that encode has died")
 
 
+def test_a_worker_that_dies_while_it_sends_is_one_clear_error(tmp_path):
+    "Half a message in the pipe and its lock held for ever: the pool alone would wait until the end of time."
+    (tmp_path / "script.py").write_text("""
+import os, signal, struct, sys
+from daisy import tokens
+
+def dies_while_sending(texts):
+    frame = sys._getframe()
+    while "result_queue" not in frame.f_locals: frame = frame.f_back
+    queue = frame.f_locals["result_queue"]
+    queue._wlock.acquire()
+    os.write(queue._writer.fileno(), struct.pack("!i", 1_000_000) + b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    tokens._encode_in_worker = dies_while_sending
+    encoding = tokens.train_encoding(["aa bb"], 258, "x")
+    list(tokens.encode_documents(encoding, ["a" * 600_000] * 4, 2))
+""")
+    ran = subprocess.run([sys.executable, tmp_path / "script.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                         capture_output=True, timeout=60)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith("daisy.tokens.EncodingError: one of 2 processes that encode has died")
+
+
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     (tmp_path / "script.py").write_text("from daisy.tokens import *\n"
                                         "encoding = train_encoding(['aa bb'], 258, 'x')\n"
