@@ -56,18 +56,19 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> Tenso
     return kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 # %% ../nbs/07_attention.ipynb #8dfe9fb5
-def _flash_options(bounds: Tensor, max_seq_len: int, window: Tensor, scale: float) -> dict:
+def _flash_options(bounds: Tensor | None, max_seq_len: int, window: Tensor, scale: float) -> dict:
     "What Flash 4's forward and backward functions are told alike. Its window counts the keys before the token itself."
     left = int(window) - 1
     local = dict(window_size_left=left, window_size_right=0) if left + 1 < max_seq_len else {}
-    return dict(softmax_scale=scale, causal=True, cu_seqlens_q=bounds, cu_seqlens_k=bounds,
-                max_seqlen_q=max_seq_len, max_seqlen_k=max_seq_len, **local)
+    packed = dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=max_seq_len, max_seqlen_k=max_seq_len)
+    return dict(softmax_scale=scale, causal=True, **local, **(packed if bounds is not None else {}))
 
 
 @library.custom_op("daisy::flash_forward", mutates_args=())
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: Tensor, max_seq_len: int,
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, window: Tensor, max_seq_len: int,
                   scale: float) -> tuple[Tensor, Tensor]:
-    "Packed q (N, H, hd), k and v (N, K, hd) in bfloat16 -> output (N, H, hd), log-sum-exp of the scores (H, N) in float32."
+    """Packed q (N, H, hd), k and v (N, K, hd) in bfloat16 -> output (N, H, hd), log-sum-exp of the scores (H, N) in float32;
+    without bounds rows q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd), (B, H, T)."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     options = _flash_options(bounds, max_seq_len, window, scale)
@@ -76,7 +77,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: Tenso
 
 
 @library.custom_op("daisy::flash_backward", mutates_args=())
-def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, bounds: Tensor, window: Tensor,
+def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, bounds: Tensor | None, window: Tensor,
                    max_seq_len: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of q, k and v, in their shapes."
     from flash_attn.cute.interface import _flash_attn_bwd
@@ -89,7 +90,8 @@ def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor
 # %% ../nbs/07_attention.ipynb #a2fdbec4
 @flash_forward.register_fake
 def _(q, k, v, bounds, window, max_seq_len, scale):
-    return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+    *rows, tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((*rows, heads, tokens), dtype=torch.float32)
 
 
 @flash_backward.register_fake
@@ -110,10 +112,11 @@ def _(ctx, grad, grad_lse):
 
 # %% ../nbs/07_attention.ipynb #b3ac587e
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask, scale: float) -> Tensor:
-    "The same through Flash 4 over packed documents: bfloat16 or float16 on a Hopper or Blackwell GPU."
+    "The same through Flash 4, over packed documents or whole rows: bfloat16 or float16 on a Hopper or Blackwell GPU."
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"attention backend 'flash' got {q.dtype}: it computes in bfloat16 or float16; choose flex")
-    output, _ = flash_forward(*(x.flatten(0, 1) for x in (q, k, v)), mask.bounds, mask.window, mask.max_seq_len, scale)
+    packed = (q, k, v) if mask.bounds is None else (x.flatten(0, 1) for x in (q, k, v))
+    output, _ = flash_forward(*packed, mask.bounds, mask.window, mask.max_seq_len, scale)
     return output.view(q.shape)
 
 # %% ../nbs/07_attention.ipynb #30
@@ -156,13 +159,17 @@ def choose_backend(name: str, device: torch.device, long_every: int = 0) -> str:
     return name
 
 # %% ../nbs/07_attention.ipynb #93e207c2
-def prepare_mask(backend: str, spec: MaskSpec, doc_ids: Tensor, capacity: int | None = None):
-    "What `backend` wants to know about who may look at whom in rows of documents `doc_ids` (B, T); `capacity` is for flash."
+def prepare_mask(backend: str, spec: MaskSpec, doc_ids: Tensor | None = None, capacity: int | None = None, seq_len: int | None = None,
+                 device: torch.device | None = None):
+    """What `backend` wants to know about who may look at whom in rows of documents `doc_ids` (B, T); `capacity` is for flash.
+
+    Without `doc_ids` each row of `seq_len` tokens is one document, in one mask for all of them.
+    """
     if backend == "flex":
-        return flex_block_mask(spec, doc_ids)
+        return flex_block_mask(spec, doc_ids, seq_len, device)
     if backend == "flash":
-        return varlen_mask(spec, doc_ids, capacity)
-    return dense_mask(spec, doc_ids)
+        return varlen_mask(spec, doc_ids, capacity, seq_len)
+    return dense_mask(spec, doc_ids, seq_len, device)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask, scale: float, backend: str = "sdpa") -> Tensor:

@@ -141,6 +141,7 @@ class TrainConfig:
     attention: str = _run("attention backend", "auto", choices=("auto", "reference", "sdpa", "flex", "flash"), free=True)
     activation_checkpointing: str = _run("what to compute again on the way back, to save memory: cheap = all but matrix products and attention", "none",
                                          choices=("none", "cheap", "full"), free=True)
+    loss_kernel: str = _run("what computes the loss over the logits; auto = triton on a GPU", "auto", choices=("auto", "torch", "triton"), free=True)
     tensorboard: bool = _run("draw the log for TensorBoard too, in checkpoint_dir", False, free=True)
     sample_prompt: str = _run("text to continue after the last step; empty = none", "", free=True)
     sample_tokens: int = _run("tokens to continue it by", 100, within="[0, inf)", free=True)
@@ -161,6 +162,7 @@ class TrainConfig:
     window_long: int = _model("keys that a long layer sees; 0 = no limit", 0, within="[0, inf)")
     window_pattern: str = _model("short and long layers, repeated; the last layer is always long", "SSSL", pattern=("[SL]+", "made of the letters S and L"))
     long_every: int = _model("of every so many blocks of 128 keys the last stays visible beyond the window; 0 = off", 0, within="[0, inf)")
+    document_mask: bool = _model("attention stops where a document begins; false = a row is one text, which is faster", True)
     value_embeds: bool = _model("value embeddings", True, shape=True)
     value_layers: str = _model("layers that have one, such as '0 1 -2 -1'; empty = every second, the last included", "", shape=True,
                                pattern=(r"(-?\d+( -?\d+)*)?", "layer numbers with spaces between them"))

@@ -173,15 +173,18 @@ def varlen_capacity(num_tokens, documents=0):
 
 
 class VarlenMask(NamedTuple):
-    "A mask as a packed-document kernel takes it: bounds (capacity + 1,), the longest row in tokens, the window as a number on the CPU."
+    """A mask as flash takes it: bounds of packed documents (capacity + 1,), or None where each row is one; the longest row in
+    tokens; the window as a number on the CPU."""
 
-    bounds: Tensor
+    bounds: Tensor | None
     max_seq_len: int
     window: Tensor
 
 
-def varlen_mask(spec, doc_ids_BT, capacity=None):
+def varlen_mask(spec, doc_ids_BT=None, capacity=None, seq_len=None):
     """The same mask for packed-document kernels. ValueError for long-range blocks, which these kernels can't skip to.
+
+    Without `doc_ids_BT` a row of `seq_len` tokens is one document: there is nothing to pack, and no bounds are made.
 
     The window is a tensor so that a compiled model may meet another one tomorrow, and on the CPU because the kernel's
     launch reads it there.
@@ -189,6 +192,8 @@ def varlen_mask(spec, doc_ids_BT, capacity=None):
     if spec.long_every:
         raise ValueError(f"long_every {spec.long_every}: a packed-document kernel such as flash has a window and no "
                          "long-range blocks; use the attention backend flex, or long_every 0")
-    rows, seq_len = doc_ids_BT.shape
-    bounds = varlen_bounds(doc_ids_BT, capacity or varlen_capacity(rows * seq_len))
+    bounds = None
+    if doc_ids_BT is not None:
+        rows, seq_len = doc_ids_BT.shape
+        bounds = varlen_bounds(doc_ids_BT, capacity or varlen_capacity(rows * seq_len))
     return VarlenMask(bounds, seq_len, torch.tensor(min(spec.window or seq_len, seq_len)))
