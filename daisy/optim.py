@@ -2,10 +2,12 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'parameter_groups', 'update_to_weight_ratios', 'build_optimizers', 'Sharded', 'gradient_norm', 'take_step',
-           'load_optimizer_state']
+           'state_bytes', 'load_optimizer_state']
 
 # %% ../nbs/12_optim.ipynb #2
 # Legend: a piece is what one rank owns of a parameter, a view of the parameter's own memory.
+from collections import deque
+
 import torch
 from torch import Tensor, nn
 
@@ -192,10 +194,13 @@ def _parts(group, ranks):
     return [_Stack(params, ranks) for params in same.values()]
 
 
+_UNDER_WAY = 2      # parts that are sent off before the first of them is written down: more would only take memory
+
+
 class Sharded:
     """An optimizer whose work and state are divided among `ranks`: `make(groups)` builds it for this rank's pieces.
 
-    Gradients are averaged over the ranks and only read; one that is missing counts as zero. All ranks have to call
+    Gradients are averaged over the ranks and then dropped; one that is missing counts as zero. All ranks have to call
     `step` and `state_dict` together. After Rajbhandari et al. (2019).
     """
 
@@ -218,31 +223,45 @@ class Sharded:
 
     @torch.no_grad()
     def start(self):
-        "Begin to average the gradients of everything."
-        self.arriving = [part.send_gradients() for part in self.parts]
+        "Begin to average the gradients of everything, and let go of each that is on its way."
+        self.arriving, self.leaving, self.squares = deque(), deque(), None
+        for part in self.parts:
+            self.arriving.append(part.send_gradients())
+            for p in part.params: p.grad = None
 
     def sum_of_squares(self):
         "Of the mean gradients of this rank's pieces; what all ranks have counts on the first only."
-        counted = [pending.wait() for part, pending in zip(self.parts, self.arriving)
-                   if self.ranks.rank == 0 or not isinstance(part, _Copies)]
-        return sum(mine.float().square().sum() for mine in counted)
+        if self.squares is None: self.squares = sum(self._square(part, pending.wait()) for part, pending in zip(self.parts, self.arriving))
+        return self.squares
+
+    def _square(self, part, mine):
+        counts = self.ranks.rank == 0 or not isinstance(part, _Copies)
+        return mine.float().square().sum() if counts else torch.zeros((), device=self.ranks.device)
 
     @torch.no_grad()
     def update(self, scale=None):
         "Update piece after piece, with gradients times `scale`, and send off each."
-        self.leaving = []
-        for part, pending in zip(self.parts, self.arriving):
-            mine = pending.wait()
+        squares = []
+        for part in self.parts:
+            mine = self.arriving.popleft().wait()
+            squares.append(self._square(part, mine))
             part.take_gradients(mine if scale is None else mine * scale)
             self.inner.step()
             for piece in part.pieces: piece.grad = None
-            self.leaving.append(part.send_update())
+            self.leaving.append((part, part.send_update()))
+            self._write(but=_UNDER_WAY)
+        self.squares = sum(squares)
+
+    def _write(self, but=0):
+        "Write what the others sent into the model, all but the last `but` parts."
+        while len(self.leaving) > but:
+            part, pending = self.leaving.popleft()
+            part.write(pending.wait())
 
     @torch.no_grad()
     def finish(self):
-        "Wait for the others' pieces and write them into the model."
-        for part, pending in zip(self.parts, self.leaving): part.write(pending.wait())
-        self.arriving = self.leaving = None
+        "Wait for the pieces that are still on their way."
+        self._write()
 
     def zero_grad(self, set_to_none=True):
         for p in self.params: p.grad = None
@@ -302,6 +321,12 @@ def _scaled_step(optimizer, scale):
     if scale is not None:
         torch._foreach_mul_([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], scale)
     optimizer.step()
+
+# %% ../nbs/12_optim.ipynb #233da694
+def state_bytes(optimizers):
+    "Bytes that the state of these optimizers takes in this process."
+    inner = [o.inner if isinstance(o, Sharded) else o for o in optimizers]
+    return sum(value.nbytes for o in inner for state in o.state.values() for value in state.values() if isinstance(value, Tensor))
 
 # %% ../nbs/12_optim.ipynb #39
 def load_optimizer_state(optimizer, state_dict):

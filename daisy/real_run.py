@@ -7,7 +7,7 @@ __all__ = ['MODEL_CLASSES', 'COMPILED_WORDS', 'PRINT_CONFIG', 'TRAIN_USAGE', 'MO
            'run_schedule', 'restore', 'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts',
            'print_continuation', 'Run', 'one_line_errors', 'first_to_say', 'read_run_config', 'train_main', 'train',
            'processes_to_start', 'rendezvous_flags', 'launch_main', 'read_prompt', 'sample_main', 'metric_curves',
-           'plot_metrics', 'plot_main', 'bench_trainer', 'bench_run', 'bench_main']
+           'plot_metrics', 'plot_main', 'bench_trainer', 'compare_ranks', 'bench_run', 'bench_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -20,9 +20,11 @@ import platform
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,11 +128,12 @@ def build_model(model_type: str, values: dict, device: torch.device, attention: 
 
 
 def load_model(path, device: torch.device, max_seq_len: int | None = None):
-    "Model and encoding of a checkpoint, shaped by its own hyperparameters; `max_seq_len` limits how far back it looks."
+    "Model and encoding of a checkpoint, with the windows of its moment; `max_seq_len` limits how far back it looks."
     saved = load_checkpoint(path, map_location=device)
     values = saved["model_config"] | ({"max_seq_len": max_seq_len} if max_seq_len else {})
     model = build_model(saved["model_type"], values, device)
     model.load_state_dict(saved["model"])
+    model.set_window_fraction(saved.get("window_fraction", 1.0))
     return model.eval(), encoding_from_json(saved["encoding"])
 
 # %% ../nbs/23_real_run.ipynb #17
@@ -307,7 +310,7 @@ class Run:
             num_iterations=config.num_iterations, val_loss_every=config.val_loss_every,
             val_snapshot_every=config.val_snapshot_every, snapshot_skip=config.snapshot_skip,
             save_checkpoint=config.save_checkpoint, log_every=config.log_every, grad_clip=config.grad_clip,
-            flops_per_token=flops_per_token(self.model, config.max_seq_len), last_checkpoint=latest_checkpoint(self.directory),
+            flops_per_token=functools.cache(functools.partial(flops_per_token, self.model, config.max_seq_len)), last_checkpoint=latest_checkpoint(self.directory),
             set_window=self.model.set_window_fraction, ranks=self.ranks)
 
     def _log(self, start_step: int):
@@ -334,6 +337,7 @@ class Run:
             model_type=config.model_type, model_config=self.model.config.to_dict(), config=config_to_dict(config),
             encoding=encoding_to_json(self.encoding), model=self.model.state_dict(),
             optimizers=[o.state_dict() for o in self.optimizers], random_state=random_state(), made_by=self.facts,
+            window_fraction=self.model.window_fraction,
             **vars(progress))
         if self.is_first:
             path = self.saver.save(progress.step, payload)
@@ -425,10 +429,28 @@ def train_main(argv: list[str] | None = None) -> int:
             print(config_to_yaml(*read_run_config(path, overrides)))
             return 0
         ranks = join_run(_device_name(path, overrides))
-        train(*read_run_config(path, overrides), ranks)
+        try:
+            train(*read_run_config(path, overrides), ranks)
+        except TrainingStopped:  # at the same step on all ranks
+            leave_ranks(ranks)
+            raise
         leave_ranks(ranks)
         return 0
-    return one_line_errors("train.py", body, lambda error: first_to_say(error, ranks))
+    try:
+        code = one_line_errors("train.py", body, lambda error: first_to_say(error, ranks))
+    except Exception:
+        if not _has_peers(ranks): raise
+        traceback.print_exc()
+        code = 1
+    if code and _has_peers(ranks):
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _has_peers(ranks: Ranks) -> bool:
+    "Whether other GPUs may be waiting for this one: NCCL's farewell would then wait for them, so an error ends without it."
+    return ranks.world_size > 1 and ranks.device.type == "cuda"
 
 
 def train(config: TrainConfig, sources: dict[str, str], ranks: Ranks) -> None:
@@ -499,6 +521,7 @@ def launch_main(script: Path, argv: list[str] | None = None) -> int:
             print(f"processes: {number}, not the usual {MOST_PROCESSES}, since {gpus or 'no'} GPU{'s' * (gpus != 1)} can be used here (-n sets another number)", flush=True)
         if number == 1 and not flags: return train_main(words)  # it may use every core, as torch does by itself
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each rank would repeat torch's warnings
         return _torchrun([*rendezvous_flags(flags), f"--nproc-per-node={number}"], [str(script), *words])
     return one_line_errors("run.sh", body)
 
@@ -631,10 +654,12 @@ def _bench_parser() -> argparse.ArgumentParser:
     runs.add_argument("--target", type=float, help="validation loss whose time is to be reported")
     trainer = what.add_parser("trainer", allow_abbrev=False, help="what the trainer adds to bare steps, and how long a snapshot takes")
     trainer.add_argument("--steps", type=int, default=50, help="steps of each kind (%(default)s)")
-    for command in (model, runs, trainer):
+    scaling = what.add_parser("scaling", allow_abbrev=False, help="the same run on several numbers of processes")
+    scaling.add_argument("--ranks", type=_numbers, default=[1, 2], help="processes on this machine, separated by commas")
+    for command in (model, runs, trainer, scaling):
         command.add_argument("config", help="a YAML file of config/; key=value changes it, before or after the options")
         command.add_argument("--name", default="", help="the row's name")
-    for command in (attention, model, runs, trainer):
+    for command in (attention, model, runs, trainer, scaling):
         command.add_argument("--out", help="the JSONL file to append to (results/WHAT.jsonl)")
         command.add_argument("--commit", help="what the row says of the code's commit, where git can't")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -667,20 +692,20 @@ def _model_rows(args, device):
 def bench_trainer(config: TrainConfig, steps: int = 50) -> dict:
     """Median seconds of a step with the trainer and bare, and the trainer's part in it; medians of three snapshots.
 
-    `snapshot_s` is how long training waits for one, `write_s` until it is on the disk.
+    `snapshot_s` is how long training waits for one, `first_snapshot_s` for the very first, and `write_s` is until it is on the disk.
     """
     with tempfile.TemporaryDirectory(dir=".") as folder:
         run = Run(replace(config, checkpoint_dir=folder, save_checkpoint=False, resume="never", num_iterations=steps, val_loss_every=steps))
         progress = Progress()
         run.fit(progress)
         rows = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if "tok_s" in row][steps // 5:]
-        run.snapshot(progress)  # the first one makes room for the copy
+        first_snapshot_s, _ = _snapshot_seconds(run, progress)  # it makes room for the copy
         snapshot_s, write_s = map(statistics.median, zip(*(_snapshot_seconds(run, progress) for _ in range(3))))
         size_gb = latest_checkpoint(folder).stat().st_size / 1e9
     batch_tokens = config.global_batch_size * config.max_seq_len
     step_s, bare_s = batch_tokens / statistics.median(row["tok_s"] for row in rows), _bare_step_s(run, steps)
     return dict(num_layers=config.num_layers, model_dim=config.model_dim, max_seq_len=config.max_seq_len, batch_tokens=batch_tokens, steps=steps,
-                step_s=round(step_s, 5), bare_step_s=round(bare_s, 5), overhead=round(step_s / bare_s - 1, 4), snapshot_s=round(snapshot_s, 3), write_s=round(write_s, 3),
+                step_s=round(step_s, 5), bare_step_s=round(bare_s, 5), overhead=round(step_s / bare_s - 1, 4), snapshot_s=round(snapshot_s, 3), first_snapshot_s=round(first_snapshot_s, 3), write_s=round(write_s, 3),
                 snapshot_gb=round(size_gb, 3))
 
 
@@ -707,6 +732,44 @@ def _bare_step_s(run: Run, steps: int) -> float:
 def _trainer_rows(args, device):
     config = load_config(args.config, [*args.overrides, f"device={device.type}"])
     yield args.name or Path(args.config).stem, bench_trainer(config, args.steps)
+
+# %% ../nbs/23_real_run.ipynb #fad696e1
+def compare_ranks(logs: dict[int, list[dict]]) -> dict:
+    """From the logs of one run on several numbers of ranks, number → rows: `speedup_Ngpu`, and lists in the numbers' order.
+
+    `tok_s` is the median without the first quarter of the steps; `loss_gap` is how far two losses of a step are apart at most,
+    in nats; `optimizer_gb` is the optimizers' state on the first rank.
+    """
+    steps = {n: [row for row in rows if "loss" in row] for n, rows in logs.items()}
+    tok_s = {n: round(statistics.median(row["tok_s"] for row in rows[len(rows) // 4:])) for n, rows in steps.items()}
+    losses, least = [[row["loss"] for row in rows] for rows in steps.values()], min(logs)
+    last = {name: [next((row[name] for row in reversed(rows) if name in row), None) for rows in logs.values()]
+            for name in ("optimizer_gb", "peak_memory_gb", "snapshot_s")}
+    return dict(ranks=list(logs), tok_s=list(tok_s.values()), **{f"speedup_{n}gpu": round(tok_s[n] / tok_s[least], 3) for n in logs if n != least},
+                loss_gap=max(round(max(of_step) - min(of_step), 6) for of_step in zip(*losses)), **last)
+
+
+_LAUNCH = "import sys; from daisy.real_run import launch_main; sys.exit(launch_main(sys.argv[1], sys.argv[2:]))"
+_TRAIN = "import sys\nfrom daisy.real_run import train_main\nsys.exit(train_main())\n"
+
+
+def _log_of_run(number: int, folder: Path, config: str, overrides: list[str]) -> list[dict]:
+    "Train on so many processes, in `folder`; the rows of the log."
+    (folder / "train.py").write_text(_TRAIN)
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", _LAUNCH, str(folder / "train.py"), "-n", str(number), "--", config, *overrides,
+                           f"checkpoint_dir={folder / str(number)}"], env=os.environ | dict(PYTHONPATH=path))
+    if done.returncode: raise ValueError(f"the run with -n {number} ended with code {done.returncode}, and has said why")
+    return read_metrics(folder / str(number) / "metrics.jsonl")
+
+
+def _scaling_rows(args, device):
+    config = load_config(args.config, args.overrides)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        logs = {n: _log_of_run(n, Path(folder), args.config, [*args.overrides, f"device={device.type}"]) for n in args.ranks}
+    shape = dict(gpus=max(args.ranks) if device.type == "cuda" else 0, num_layers=config.num_layers, model_dim=config.model_dim,
+                 max_seq_len=config.max_seq_len, batch_tokens=config.global_batch_size * config.max_seq_len, steps=config.num_iterations)
+    yield args.name or Path(args.config).stem, shape | compare_ranks(logs)
 
 # %% ../nbs/23_real_run.ipynb #830711da
 def bench_run(config: TrainConfig, target: float | None = None, like: Run | None = None) -> tuple[dict, Run]:
@@ -757,7 +820,7 @@ def _repeatable(argv: list[str]) -> str:
 
 
 def bench_main(argv: list[str] | None = None) -> int:
-    "The command `daisy-bench attention|model|train|trainer ...`; returns the exit code."
+    "The command `daisy-bench attention|model|train|trainer|scaling ...`; returns the exit code."
     argv = sys.argv[1:] if argv is None else argv
     parser = _bench_parser()
     try:
@@ -769,10 +832,10 @@ def bench_main(argv: list[str] | None = None) -> int:
 
     def body():
         device = choose_device(args.device)
-        rows = dict(attention=_attention_rows, model=_model_rows, train=_run_rows, trainer=_trainer_rows)[args.what](args, device)
+        rows = dict(attention=_attention_rows, model=_model_rows, train=_run_rows, trainer=_trainer_rows, scaling=_scaling_rows)[args.what](args, device)
         for name, measured in rows:
             row = result_row(name, _repeatable(argv), device, args.commit, **measured)
-            append_row(args.out or f"results/{args.what}.jsonl", row)
+            append_row(args.out or f"results/{'trainer' if args.what == 'scaling' else args.what}.jsonl", row)
             print(", ".join(f"{field} {value}" for field, value in measured.items() if field not in ("kinds_ms", "val_curve")), flush=True)
         return 0
     return one_line_errors("daisy-bench", body)

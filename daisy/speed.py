@@ -138,7 +138,7 @@ def result_row(name: str, command: str, device: torch.device, commit: str | None
     gpu = device.type == "cuda"
     machine = (f"{torch.cuda.get_device_name(device)}, " if gpu else "") + machine_name()
     return dict(name=name, command=command, commit=commit or current_commit(), date=date.today().isoformat(), machine=machine,
-                gpus=1 if gpu else 0, torch=torch.__version__, **measured)
+                gpus=1 if gpu else 0, torch=torch.__version__) | measured
 
 
 def append_row(path, row: dict) -> dict:

@@ -27,7 +27,7 @@ from tqdm.notebook import tqdm_notebook
 
 from .distributed import RankLost, Ranks, sum_over_ranks
 from .loader import IGNORE, Batch
-from .optim import take_step
+from .optim import state_bytes, take_step
 from .schedules import Schedule, set_hyperparameters
 from .tokens import bits_per_byte
 
@@ -238,7 +238,8 @@ class Trainer:
 
     It is handed everything: the model, its optimizers, a schedule, an endless loader, and three functions:
     `validate() -> Evaluation`, `snapshot(progress) -> path` and `log(**row)`. `last_checkpoint` is what `progress` came from;
-    `set_window(fraction)`, if given, is told how much of the attention windows the schedule lets the model see.
+    `set_window(fraction)`, if given, is told how much of the attention windows the schedule lets the model see, and
+    `flops_per_token(fraction)` says what a token then costs, for the MFU.
 
     Several `ranks` train together: each has its own trainer and loader, all do the same at the same step, and the first
     alone shows and logs. `snapshot` is called on all, since each holds a part of the optimizers' state.
@@ -248,7 +249,7 @@ class Trainer:
                  device: torch.device, validate: Callable[[], Evaluation], snapshot: Callable[[Progress], object],
                  log: Callable[..., None], progress: Progress, num_iterations: int, val_loss_every: int, val_snapshot_every: int = 1,
                  snapshot_skip: int = 0, save_checkpoint: bool = True, log_every: int = 1, grad_clip: float = 0.0,
-                 flops_per_token: float = 0.0, last_checkpoint: object = None, set_window: Callable[[float], None] | None = None,
+                 flops_per_token: Callable[[float], float] | None = None, last_checkpoint: object = None, set_window: Callable[[float], None] | None = None,
                  ranks: Ranks = Ranks()):
         self.model, self.optimizers, self.schedule, self.loader = model, optimizers, schedule, loader
         self.accumulation_steps, self.device, self.grad_clip = accumulation_steps, device, grad_clip
@@ -359,7 +360,8 @@ class Trainer:
                    lr_scale=self.schedule.lr(u.step - 1), train_s=round(self.progress.train_seconds, 3))
         shown = dict(loss=f"{loss:.3f}", tok_s=f"{tok_s:,.0f}")
         if self.peak_flops and self.flops_per_token:
-            row["mfu"] = round(tok_s * self.flops_per_token / (self.peak_flops * self.ranks.world_size), 4)
+            flops = self.flops_per_token(self.schedule.window_fraction(u.step - 1))
+            row["mfu"] = round(tok_s * flops / (self.peak_flops * self.ranks.world_size), 4)
             shown["mfu"] = f"{row['mfu']:.1%}"
         if u.step % self.log_every == 0 or u.step == self.num_iterations:
             self.log(**row)
@@ -382,6 +384,7 @@ class Trainer:
         p.best_val_loss = min(p.best_val_loss, evaluation.loss)
         row = dict(step=p.step, val_loss=evaluation.loss, val_bpb=evaluation.bpb, val_tokens=evaluation.tokens,
                    val_s=round(time.perf_counter() - started, 3), train_s=round(p.train_seconds, 3))
+        row["optimizer_gb"] = round(state_bytes(self.optimizers) / 1e9, 6)
         if self.device.type == "cuda":
             row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
         self.log(**row)
@@ -405,8 +408,10 @@ class Trainer:
     def _snapshot(self) -> None:
         self._read()  # a loss that is no number must not become a checkpoint
         if self.save_checkpoint:
+            began = time.perf_counter()
             self.last_checkpoint = self.snapshot(self.progress)
             self.saved_step = self.progress.step
+            self.log(step=self.saved_step, snapshot_s=round(time.perf_counter() - began, 3))
             self.clock = self._now()
 
 

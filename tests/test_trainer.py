@@ -74,7 +74,7 @@ def make(steps=12, pieces=1, rows=2, model=None, loader=None, progress=None, opt
 
     def log(**row):
         json.dumps(row, allow_nan=False)
-        did.append(("log", row["step"], "val_loss" in row))
+        did.append(("log of snapshot" if "snapshot_s" in row else "log", row["step"], "val_loss" in row))
     settings = dict(val_loss_every=4) | settings
     trainer = Trainer(model, [optimizer], Schedule(steps, momentum_warmup_steps=0), loader or Loader(rows, progress.position),
                       accumulation_steps=pieces, device=CPU, validate=validate, snapshot=snapshot, log=log, progress=progress,
@@ -152,6 +152,7 @@ def test_when_it_validates_and_when_it_saves(steps, every, times, skip, validate
     assert trainer.train() == Evaluation(1.0, None, 5)
     assert did(trainer, "validate") == validated and did(trainer, "snapshot") == saved
     assert [e[1] for e in trainer.did if e[0] == "log" and not e[2]] == list(range(1, steps + 1))
+    assert did(trainer, "log of snapshot") == saved
 
 
 def test_each_snapshot_follows_the_log_of_its_own_step():
@@ -421,7 +422,7 @@ def test_peaks_of_gpus(monkeypatch, name, tflops):
 
 def test_mfu_is_logged_only_where_the_peak_is_known():
     for peak, expected in ((None, False), (1e12, True)):
-        trainer, rows = make(2, flops_per_token=1e6), []
+        trainer, rows = make(2, flops_per_token=lambda windows: 1e6), []
         trainer.peak_flops, trainer.log = peak, lambda **row: rows.append(row)
         trainer.train()
         assert all(("mfu" in row) == expected for row in rows if "loss" in row)
