@@ -504,14 +504,17 @@ def count_parameters(model: GPT) -> dict[str, int]:
     return counts
 
 
-def flops_per_token(model: GPT, seq_len: int) -> float:
+def flops_per_token(model: GPT, seq_len: int, window_fraction: float = 1.0) -> float:
     """Floating-point operations of one training token, forward and backward: 6 for each matrix weight that it meets
-    (Kaplan et al. 2020), and 12 x H x hd for each key that it sees, averaged over a row of `seq_len` tokens."""
+    (Kaplan et al. 2020), and 12 x H x hd for each key that it sees, averaged over a row of `seq_len` tokens.
+
+    Windows that still grow count as far as they have grown, to `window_fraction`.
+    """
     c = model.config
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
     if c.tie_head:
         matrices += model.embed.weight.numel()
-    keys = sum(_mean_keys(MaskSpec(w, c.long_every), seq_len) for w in c.windows)
+    keys = sum(_mean_keys(MaskSpec(max(1, round(window_fraction * w)), c.long_every), seq_len) for w in c.windows)
     return 6 * matrices + 12 * c.num_heads * c.head_dim * keys
 
 
