@@ -217,9 +217,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope, mask, backend="sdpa", value_embed=None, cache=None, layer=0):
         "x (B, T, D); rope = (cos, sin) rows of these T positions; value_embed (B, T, K*hd); returns (B, T, D)."
         B, T, _ = x.shape
-        sizes = [m.weight.size(0) for m in (self.q, self.k, self.v)]
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
         qkv = F.linear(x, torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype))
-        q, k, v = (part.view(B, T, -1, self.head_dim) for part in qkv.split(sizes, dim=-1))  # (B, T, H or K, hd)
+        q, k, v = qkv.view(B, T, -1, self.head_dim).split(heads, dim=2)  # (B, T, H or K, hd)
         if value_embed is not None:
             v = v + self._gate(self.value_gate, x) * value_embed.view_as(v)
         if self.qk_norm:

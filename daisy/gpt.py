@@ -63,7 +63,7 @@ def _loss_kernel():
     import triton.language as tl
 
     @triton.jit
-    def loss_and_slope_of_row(logits, slopes, targets, losses, share, width: tl.constexpr, vocab_size: tl.constexpr,
+    def cross_entropy_of_row(logits, slopes, targets, losses, share, width: tl.constexpr, vocab_size: tl.constexpr,
                               cap: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0)
         logits += row.to(tl.int64) * width
@@ -103,7 +103,7 @@ def _loss_kernel():
             slope = tl.where(column < vocab_size, slope, 0.0)
             tl.store(slopes + column, slope.to(slopes.dtype.element_ty), mask=column < width)
 
-    return loss_and_slope_of_row
+    return cross_entropy_of_row
 
 # %% ../nbs/09_gpt.ipynb #7c1e5a22
 HAS_TRITON = find_spec("triton") is not None  # not with a torch that was built for CPUs
