@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'FLASH_CAPABILITY', 'GATE_CHANNELS', 'QK_NORM_SCALE', 'reference_attention', 'rms_norm', 'sdpa_attention',
            'flex_attention', 'flash_forward', 'flash_backward', 'flash_attention', 'flash_installed', 'flash_available',
-           'auto_backend', 'choose_backend', 'prepare_mask', 'attend', 'Linear', 'CausalSelfAttention', 'KVCache']
+           'auto_backend', 'explain_backend', 'choose_backend', 'prepare_mask', 'attend', 'Linear',
+           'CausalSelfAttention', 'KVCache']
 
 # %% ../nbs/07_attention.ipynb #2
 # Tensor legend: B batch, T tokens, S keys, D model, H heads, K key-value heads, hd head dim
@@ -136,11 +137,26 @@ def flash_available(device: torch.device) -> bool:
     return flash_installed() and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= FLASH_CAPABILITY
 
 
+def _auto_choice(device: torch.device, long_every: int) -> tuple[str, str]:
+    "What `auto` picks, and why."
+    if device.type != "cuda":
+        return "sdpa", "no CUDA"
+    if long_every:
+        return "flex", "long-range blocks"
+    if not flash_installed():
+        return "flex", "flash-attn-4 isn't installed"
+    return ("flash", "installed, Hopper or later") if flash_available(device) else ("flex", "flash needs a Hopper or later GPU")
+
+
 def auto_backend(device: torch.device, long_every: int = 0) -> str:
     "The rule behind `auto`: sdpa without CUDA; flash where it runs and no long-range blocks are asked for; else flex."
-    if device.type != "cuda":
-        return "sdpa"
-    return "flash" if not long_every and flash_available(device) else "flex"
+    return _auto_choice(device, long_every)[0]
+
+
+def explain_backend(name: str, device: torch.device, long_every: int = 0) -> str:
+    "The backend that `name` comes to, and why, in words: `flash (installed, Hopper or later)`."
+    backend, reason = _auto_choice(device, long_every) if name == "auto" else (name, "as set")
+    return f"{backend} ({reason})"
 
 
 def choose_backend(name: str, device: torch.device, long_every: int = 0) -> str:

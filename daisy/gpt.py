@@ -108,7 +108,7 @@ def _loss_kernel():
 # %% ../nbs/09_gpt.ipynb #7c1e5a22
 HAS_TRITON = find_spec("triton") is not None  # not with a torch that was built for CPUs
 MAX_FUSED_CAP = 40.0  # exp(-2 * 40) is still a float32
-LOSS_BLOCK, LOSS_WARPS = 4096, 32  # two rows at a time on each of a GPU's processors, so that all rows at work fit its cache
+LOSS_BLOCK, LOSS_WARPS = 4096, 32  # two rows at work on each of a GPU's processors: what they read twice fits the cache
 
 
 @library.custom_op("daisy::loss_and_slope", mutates_args=())

@@ -31,7 +31,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .attention import choose_backend
+from .attention import choose_backend, explain_backend
 from .checkpoint import (
     Saver, finish_run, latest_checkpoint, load_checkpoint, open_run, random_state, set_random_state)
 from .config import (
@@ -188,7 +188,7 @@ def describe(config: TrainConfig, model: GPT, ranks: Ranks, compiled: str, rows:
         f"model: {sum(counts.values()):,} parameters ({', '.join(f'{role} {n:,}' for role, n in counts.items() if n)})",
         f"       {c.num_layers} layers of {c.num_heads} heads x {c.head_dim}, width {c.model_dim}, windows "
         + " ".join(map(str, c.windows)),
-        f"device: {each}, attention {model.backend}, {COMPILED_WORDS[compiled]}, "
+        f"device: {each}, attention {explain_backend(config.attention, ranks.device, c.long_every)}, {COMPILED_WORDS[compiled]}, "
         + str(model.compute_dtype).removeprefix("torch."),
         f"batch: {config.global_batch_size} x {config.max_seq_len} = {config.global_batch_size * config.max_seq_len:,} tokens a "
         f"step ({of_ranks}{accumulation} x {rows} rows), {config.num_iterations:,} steps",
