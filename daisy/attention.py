@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'FLASH_CAPABILITY', 'GATE_CHANNELS', 'QK_NORM_SCALE', 'reference_attention', 'rms_norm', 'sdpa_attention',
            'flex_attention', 'flash_forward', 'flash_backward', 'flash_attention', 'flash_installed', 'flash_available',
-           'auto_backend', 'choose_backend', 'prepare_mask', 'attend', 'Linear', 'CausalSelfAttention', 'KVCache']
+           'auto_backend', 'explain_backend', 'choose_backend', 'prepare_mask', 'attend', 'Linear',
+           'CausalSelfAttention', 'KVCache']
 
 # %% ../nbs/07_attention.ipynb #2
 # Tensor legend: B batch, T tokens, S keys, D model, H heads, K key-value heads, hd head dim
@@ -136,11 +137,26 @@ def flash_available(device: torch.device) -> bool:
     return flash_installed() and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= FLASH_CAPABILITY
 
 
+def _auto_choice(device: torch.device, long_every: int) -> tuple[str, str]:
+    "What `auto` picks, and why."
+    if device.type != "cuda":
+        return "sdpa", "no CUDA"
+    if long_every:
+        return "flex", "long-range blocks"
+    if not flash_installed():
+        return "flex", "flash-attn-4 isn't installed"
+    return ("flash", "installed, Hopper or later") if flash_available(device) else ("flex", "flash needs a Hopper or later GPU")
+
+
 def auto_backend(device: torch.device, long_every: int = 0) -> str:
     "The rule behind `auto`: sdpa without CUDA; flash where it runs and no long-range blocks are asked for; else flex."
-    if device.type != "cuda":
-        return "sdpa"
-    return "flash" if not long_every and flash_available(device) else "flex"
+    return _auto_choice(device, long_every)[0]
+
+
+def explain_backend(name: str, device: torch.device, long_every: int = 0) -> str:
+    "The backend that `name` comes to, and why, in words: `flash (installed, Hopper or later)`."
+    backend, reason = _auto_choice(device, long_every) if name == "auto" else (name, "as set")
+    return f"{backend} ({reason})"
 
 
 def choose_backend(name: str, device: torch.device, long_every: int = 0) -> str:
@@ -217,9 +233,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope, mask, backend="sdpa", value_embed=None, cache=None, layer=0):
         "x (B, T, D); rope = (cos, sin) rows of these T positions; value_embed (B, T, K*hd); returns (B, T, D)."
         B, T, _ = x.shape
-        sizes = [m.weight.size(0) for m in (self.q, self.k, self.v)]
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
         qkv = F.linear(x, torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype))
-        q, k, v = (part.view(B, T, -1, self.head_dim) for part in qkv.split(sizes, dim=-1))  # (B, T, H or K, hd)
+        q, k, v = qkv.view(B, T, -1, self.head_dim).split(heads, dim=2)  # (B, T, H or K, hd)
         if value_embed is not None:
             v = v + self._gate(self.value_gate, x) * value_embed.view_as(v)
         if self.qk_norm:

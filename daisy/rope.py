@@ -35,7 +35,8 @@ def apply_rope(x_BTHd, cos, sin):
 
     `cos` and `sin` are rows of `rope_tables` for the T positions at hand: (T, hd/2), or (B, T, hd/2) where rows differ.
     """
-    left, right = x_BTHd.chunk(2, dim=-1)  # (B, T, H, hd/2) each
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # for both halves of a head
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
+    swapped = x_BTHd.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # each number's partner: the right half, then the left
     # the float32 tables raise a bfloat16 x to float32 for the arithmetic; only the result is rounded
-    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x_BTHd.dtype)
+    return (x_BTHd * cos + swapped * sin).to(x_BTHd.dtype)

@@ -18,7 +18,7 @@ from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import daisy.attention as attention
-from daisy.attention import (CausalSelfAttention, KVCache, Linear, attend, auto_backend, choose_backend, flash_forward, prepare_mask)
+from daisy.attention import (CausalSelfAttention, KVCache, Linear, attend, auto_backend, choose_backend, explain_backend, flash_forward, prepare_mask)
 from daisy.masks import MaskSpec, dense_mask, document_ids
 from daisy.rope import rope_tables
 
@@ -40,8 +40,25 @@ def per_query_head(k, num_heads):
 
 @pytest.fixture
 def flash_calls(monkeypatch):
-    "Put a stand-in where `flash_attn.cute.interface` would be; the list tells the windows that it was called with."
+    """Put a stand-in where `flash_attn.cute.interface` would be; the list tells the windows that it was called with.
+
+    Rows without bounds, (B, T, heads, hd), are packed rows whose log-sum-exp (heads, N) stands as (B, heads, T).
+    """
     calls = []
+
+    def of_rows(function):
+        def either(q, k, v, *others, **options):
+            if "cu_seqlens_q" in options:
+                return function(q, k, v, *others, **options)
+            rows, tokens = q.shape[:2]
+            bounds = torch.arange(rows + 1, dtype=torch.int32) * tokens
+            options = {name: x.flatten(0, 1) if torch.is_tensor(x) else x for name, x in options.items()}
+            packed = [x.transpose(0, 1).flatten(1) if x.dtype == torch.float32 else x.flatten(0, 1) for x in (q, k, v, *others)]
+            first, second, *rest = function(*packed, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=tokens, max_seqlen_k=tokens, **options)
+            return first.view(q.shape), second.view(-1, rows, tokens).transpose(0, 1).contiguous() if not others else second, *rest
+        return either
+
+    @of_rows
 
     def forward(q, k, v, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse,
                 window_size_left=None, window_size_right=None):
@@ -53,6 +70,7 @@ def flash_calls(monkeypatch):
         output = torch.einsum("hts,shd->thd", scores.softmax(-1), per_query_head(v, q.size(1)))
         return output.to(q.dtype).contiguous(), scores.logsumexp(-1), None, None, None
 
+    @of_rows
     def backward(q, k, v, out, dout, lse, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dq, dk, dv,
                  window_size_left=None, window_size_right=None):
         assert causal and dout.is_contiguous()
@@ -170,6 +188,26 @@ def test_flash_operators_agree_with_float64(flash_calls, tokens, window, heads, 
     assert flash_calls == [("forward", left), ("backward", left)] * 3
 
 
+@pytest.mark.parametrize("backend", ["flash", "sdpa", "flex"])
+@pytest.mark.parametrize("tokens,window,heads,kv_heads", [(1, 8, 2, 2), (33, 12, 4, 2), (33, None, 2, 2), (90, 500, 2, 1)])
+def test_without_documents_one_mask_serves_whole_rows(flash_calls, backend, tokens, window, heads, kv_heads):
+    "The same as documents that fill their rows, forward and backward, and the kernel gets rows instead of bounds."
+    spec, doc_ids = MaskSpec(window), torch.zeros(3, tokens, dtype=torch.int32)
+    *qkv, weight = random_inputs(doc_ids, heads, kv_heads, 64, torch.bfloat16)
+    whole = prepare_mask(backend, spec, seq_len=tokens, device=CPU)
+    if backend == "flex":
+        wanted = prepare_mask(backend, spec, doc_ids)
+        assert torch.equal(whole.to_dense().expand(3, -1, -1, -1), wanted.to_dense())
+        return
+    results = []
+    for mask in (whole, prepare_mask(backend, spec, doc_ids)):
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        output = attend(*leaves, mask, 0.125, backend)
+        results.append([output, *torch.autograd.grad((output * weight).sum(), leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*results))
+    assert backend == "sdpa" or whole.bounds is None and flash_calls[0] == flash_calls[2]
+
+
 def test_the_length_of_the_bounds_changes_nothing(flash_calls):
     doc_ids = document_ids((torch.arange(80) % 7 == 3).int().view(2, 40), eos_id=1)
     q, k, v, _ = random_inputs(doc_ids, 2, 2, 64, torch.bfloat16)
@@ -186,6 +224,8 @@ def test_flash_operators_keep_torchs_rules(flash_calls):
     packed = [x.flatten(0, 1).requires_grad_() for x in (q, k, v)]
     mask = prepare_mask("flash", MaskSpec(5), doc_ids)
     library.opcheck(flash_forward, (*packed, mask.bounds, mask.window, mask.max_seq_len, 0.25), atol=1e-2, rtol=1e-2)
+    rows = [x.requires_grad_() for x in (q, k, v)]
+    library.opcheck(flash_forward, (*rows, None, mask.window, mask.max_seq_len, 0.25), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash"])
@@ -238,8 +278,12 @@ def test_flash_is_chosen_only_where_it_runs(installed, capability, monkeypatch):
     if installed and capability >= (9, 0):
         assert choose_backend("flash", torch.device("cuda")) == choose_backend("auto", torch.device("cuda")) == "flash"
         assert choose_backend("auto", torch.device("cuda"), long_every=3) == "flex"
+        assert explain_backend("auto", torch.device("cuda")) == "flash (installed, Hopper or later)"
+        assert explain_backend("auto", torch.device("cuda"), long_every=3) == "flex (long-range blocks)"
     else:
         assert choose_backend("auto", torch.device("cuda")) == "flex"
+        why = "flash needs a Hopper or later GPU" if installed else "flash-attn-4 isn't installed"
+        assert explain_backend("auto", torch.device("cuda")) == f"flex ({why})"
         with pytest.raises(ValueError, match="pip install 'daisy\\[flash\\]'"):
             choose_backend("flash", torch.device("cuda"))
 
@@ -257,6 +301,7 @@ def test_auto_never_picks_what_cannot_be():
         for device in ("cpu", "cuda"):
             name = auto_backend(torch.device(device), long_every)
             assert choose_backend("auto", torch.device(device), long_every) == name
+            assert explain_backend("auto", torch.device(device), long_every).startswith(f"{name} (")
             assert not (device == "cpu" and name in ("flex", "flash")) and not (long_every and name == "flash")
 
 

@@ -1,6 +1,10 @@
 """The GPT over random shapes and switches: what must hold whatever the config, beyond the cases that lesson 09 shows."""
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from daisy.gpt import GPT, GPTConfig, count_parameters, cross_entropy, flops_per_token, soft_cap
+from daisy.gpt import HAS_TRITON, GPT, GPTConfig, count_parameters, cross_entropy, flops_per_token, soft_cap
 from daisy.loader import IGNORE
 
 V, EOS = 50, 0
@@ -198,6 +202,75 @@ def test_chunks_change_neither_loss_nor_gradients(N, chunk_tokens, cap, seed, ig
         torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(cross_entropy(x, head, targets, cap, V, chunk_tokens=chunk_tokens), expected)
+
+
+KERNEL = """
+import torch, triton, triton.language
+import daisy.gpt as gpt
+gpt.tl = triton.language  # the interpreter looks for it among the module's names
+gpt.LOSS_BLOCK = 64
+generator = torch.Generator().manual_seed(0)
+for cap in (0.0, 15.0, 40.0):
+    for vocab_size, width in ((257, 320), (64, 64), (500, 512)):  # padded or not, and blocks that don't come out even
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
+            logits = (8 * torch.randn(7, width, generator=generator)).to(dtype)
+            logits[5], logits[6] = 100.0, -100.0
+            targets = torch.tensor([3, 1, -1, vocab_size - 1, 0, 9, 9])
+            given = targets, cap, vocab_size, torch.tensor(1 / 6)
+            loss, slope = gpt._loss_and_slope(logits.clone(), *given)
+            losses, slopes = gpt.fused_loss_and_slope(logits, *given)
+            torch.testing.assert_close(losses.sum(), loss)
+            assert slopes.dtype == dtype and (slopes - slope).float().norm() < tolerance * slope.float().norm(), (cap, vocab_size, dtype)
+            assert losses[2] == 0 and not slopes[2].any() and not slopes[:, vocab_size:].any()
+x, head = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (20, 128))
+targets = torch.randint(-1, 100, (20,), generator=generator)
+results = []
+for fused in (False, True):  # as cross_entropy calls it, the second time inside of a compiled graph
+    loss_of = lambda x, head: 3 * gpt._LinearCrossEntropy.apply(x, head, targets, 15.0, 100, 8, fused)
+    loss = (torch.compile(loss_of, fullgraph=True, backend="aot_eager") if fused else loss_of)(x, head)
+    results.append((loss.detach(), *torch.autograd.grad(loss, (x, head))))
+torch.testing.assert_close(results[1], results[0])
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which CPU builds of torch lack")
+def test_the_loss_kernel_agrees_with_torch_in_tritons_interpreter():
+    run = subprocess.run([sys.executable, "-c", KERNEL], cwd=Path(__file__).parent.parent, env=os.environ | dict(TRITON_INTERPRET="1"),
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("loss_kernel", ["auto", "torch", "triton"])
+def test_on_a_cpu_every_loss_kernel_is_torchs(loss_kernel):
+    rows, losses = tokens_like(2, 17), []
+    for name in (loss_kernel, "torch"):
+        model = awake(GPTConfig(**SHAPE, loss_kernel=name))
+        loss = model(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+        losses.append((loss, *(p.grad for p in model.parameters())))
+    assert all(torch.equal(*pair) for pair in zip(*losses))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_without_document_mask_attention_reads_on_across_documents(cached):
+    "What a token that opens documents means to attention: all, or nothing. Where none stands in a row both are one."
+    kept, one_text = (awake(GPTConfig(**SHAPE, document_mask=switch)) for switch in (True, False))
+    one_text.load_state_dict(kept.state_dict())
+
+    def logits(model, tokens):
+        if not cached:
+            return model(tokens)
+        cache = model.new_cache(len(tokens), tokens.size(1))
+        return torch.cat([model(part, cache=cache) for part in tokens.split(5, dim=1)], dim=1)
+
+    rows = tokens_like(2, 12)
+    rows[rows == SHAPE["eos_token_id"]] += 1
+    torch.testing.assert_close(logits(one_text, rows), kept(rows))
+    rows[:, 6] = SHAPE["eos_token_id"]
+    cut, whole = kept(rows), one_text(rows)
+    torch.testing.assert_close(logits(one_text, rows), whole)
+    torch.testing.assert_close(whole[:, :6], cut[:, :6])
+    assert not torch.allclose(whole[:, 7:], cut[:, 7:])
 
 
 def test_a_tied_head_in_chunks_collects_both_gradients(monkeypatch):

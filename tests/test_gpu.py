@@ -3,12 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from daisy.attention import auto_backend, flash_installed
+from daisy.attention import explain_backend, flash_installed
 from daisy.gpt import GPT, GPTConfig, compile_gpt, cross_entropy, soft_cap
 from daisy.loader import IGNORE
 
@@ -55,13 +56,14 @@ def batch_of(tokens, seed):
 
 
 CHEAP, FULL = dict(activation_checkpointing="cheap"), dict(activation_checkpointing="full")
-WAYS = [("layers", {}), ("layers", ALL), ("layers", CHEAP), ("layers", FULL), ("full", {}), ("full", CHEAP)]  # each takes seconds to compile
+ROWS = dict(document_mask=False)  # flash in its fixed-length form
+WAYS = [("layers", ROWS), ("layers", ALL), ("layers", CHEAP), ("layers", FULL), ("full", {}), ("full", CHEAP | ROWS)]  # each takes seconds to compile
 flash = pytest.param("flash", marks=pytest.mark.skipif(not flash_installed(), reason="needs flash-attn-4"))
 
 
 @pytest.mark.parametrize("how,tokens,window,extras", [
-    ("layers", 256, 64, {}), ("layers", 2048, 512, {}), ("layers", 640, 100, ALL), ("layers", 640, 100, dict(long_every=2)),
-    ("layers", 256, 64, CHEAP), ("layers", 256, 64, dict(FULL, tie_head=True)), ("full", 256, 64, {}), ("full", 640, 100, ALL)], ids=str)
+    ("layers", 2048, 512, {}), ("layers", 640, 100, ALL), ("layers", 640, 100, dict(long_every=2)),
+    ("layers", 256, 64, CHEAP), ("layers", 256, 64, dict(FULL, tie_head=True)), ("full", 256, 64, ROWS), ("full", 640, 100, ALL)], ids=str)
 def test_compiled_model_agrees_with_the_plain_one(how, tokens, window, extras, tolerance=1e-3):
     "Loss and every gradient in float32, over several batches: a mask built wrongly shows most in the gradients."
     torch._dynamo.reset()
@@ -101,28 +103,29 @@ def test_a_window_schedule_compiles_nothing_again(backend, how, extras):
     assert len(set(seen)) == 1 and (how == "layers" or seen[0] == 1), seen
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_loss_in_chunks_agrees_with_float32(compiled):
+@pytest.mark.parametrize("loss_kernel,compiled,cap", [("torch", True, 15.0), ("triton", False, 15.0), ("triton", True, 15.0), ("triton", True, 0.0)])
+def test_the_loss_in_chunks_agrees_with_float32(loss_kernel, compiled, cap):
     generator = torch.Generator("cuda").manual_seed(0)
     x, head = (torch.randn(*shape, generator=generator, device="cuda") for shape in ((5000, 256), (50_304, 256)))
     targets = torch.randint(0, 50_257, (5000,), generator=generator, device="cuda")
     targets[::7] = IGNORE
     x, head = x.bfloat16(), (0.05 * head).bfloat16()
-    loss_of = torch.compile(cross_entropy, fullgraph=True) if compiled else cross_entropy
+    ours = partial(cross_entropy, loss_kernel=loss_kernel)
+    loss_of = torch.compile(lambda *given: ours(*given), fullgraph=True) if compiled else ours
 
     def run(x, head, function, chunk_tokens):
         x, head = x.requires_grad_(), head.requires_grad_()
-        loss = function(x, head, targets, 15.0, 50_257, chunk_tokens)
+        loss = function(x, head, targets, cap, 50_257, chunk_tokens)
         return loss.detach(), *torch.autograd.grad(3 * loss, (x, head))
 
     def naive(x, head, targets, cap, vocab_size, chunk_tokens):
         return torch.nn.functional.cross_entropy(soft_cap((x @ head.T)[:, :vocab_size], cap), targets, ignore_index=IGNORE)
 
     expected = run(x.double(), head.double(), naive, 0)
-    loss, *grads = run(x.clone(), head.float(), loss_of, 2048)
+    loss, *grads = run(x.clone(), head.float(), loss_of, 2048)  # 5,000 tokens: two whole chunks and a part
     assert abs(loss - expected[0]) < 1e-3 * expected[0] and not grads[1][50_257:].any()
-    for ours, theirs in zip(grads, expected[1:]):
-        assert relative(ours, theirs) < 1e-2
+    for got, wanted in zip(grads, expected[1:]):
+        assert relative(got, wanted) < 1e-2
 
 
 def test_tiny_config_trains_on_the_gpu(tmp_path):
@@ -136,7 +139,7 @@ def test_tiny_config_trains_on_the_gpu(tmp_path):
     run = subprocess.run([sys.executable, "train.py", "config/tiny.yml", "num_iterations=30", "val_loss_every=15", *files,
                           f"checkpoint_dir={tmp_path}/checkpoints"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert f"attention {auto_backend(torch.device('cuda'))}, compiled by layers" in run.stdout
+    assert f"attention {explain_backend('auto', torch.device('cuda'))}, compiled by layers" in run.stdout
     rows = [json.loads(line) for line in (tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 1.5

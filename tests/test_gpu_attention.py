@@ -57,19 +57,20 @@ def random_documents(rows, tokens, mean_tokens, seed=0):
     return document_ids(opens.int(), eos_id=1)
 
 
-def output_and_gradients(backend, spec, doc_ids, tensors, weight):
+def output_and_gradients(backend, spec, doc_ids, tensors, weight, whole_rows=False):
     leaves = [t.clone().requires_grad_() for t in tensors]
-    output = attend(*leaves, prepare_mask(backend, spec, doc_ids), leaves[0].size(-1) ** -0.5, backend)
+    documents = dict(seq_len=doc_ids.size(1), device=doc_ids.device) if whole_rows else dict(doc_ids=doc_ids)
+    output = attend(*leaves, prepare_mask(backend, spec, **documents), leaves[0].size(-1) ** -0.5, backend)
     (output * weight.to(output.dtype)).sum().backward()
     return output.detach(), [t.grad for t in leaves]
 
 
-def assert_agrees(backend, dtype, spec, doc_ids, heads, kv_heads, head_dim):
+def assert_agrees(backend, dtype, spec, doc_ids, heads, kv_heads, head_dim, whole_rows=False):
     generator = torch.Generator("cuda").manual_seed(1)
     *qkv, weight = (torch.randn(*doc_ids.shape, n, head_dim, generator=generator, device="cuda").to(dtype)
                     for n in (heads, kv_heads, kv_heads, heads))
     wanted, wanted_grads = output_and_gradients("reference", spec, doc_ids, [t.double() for t in qkv], weight)
-    output, grads = output_and_gradients(backend, spec, doc_ids, qkv, weight)
+    output, grads = output_and_gradients(backend, spec, doc_ids, qkv, weight, whole_rows)
     tolerance, grad_tolerance = TOLERANCES[dtype]
     assert output.dtype == dtype and relative(output, wanted) < tolerance
     for name, got, want in zip("qkv", grads, wanted_grads):
@@ -86,6 +87,12 @@ def test_backend_agrees_with_float64(backend, dtype, case):
     assert_agrees(backend, dtype, MaskSpec(window), random_documents(2, tokens, mean_tokens), *heads)
 
 
+@pytest.mark.parametrize("tokens,window,heads,kv_heads,head_dim", [(333, 50, 4, 2, 64), (2048, 512, 2, 1, 128), (2048, None, 2, 2, 128)])
+def test_whole_rows_agree_with_float64(backend, tokens, window, heads, kv_heads, head_dim):
+    "Without documents: one mask for all rows, and flash in its fixed-length form."
+    assert_agrees(backend, torch.bfloat16, MaskSpec(window), random_documents(2, tokens, 0), heads, kv_heads, head_dim, whole_rows=True)
+
+
 @pytest.mark.parametrize("name", ["sdpa", "flex"])
 def test_long_range_blocks_agree_with_float64(name):
     spec = MaskSpec(window=100, long_every=3)
@@ -93,17 +100,19 @@ def test_long_range_blocks_agree_with_float64(name):
         assert_agrees(name, dtype, spec, random_documents(2, 1100, 700), 2, 1, 128)
 
 
-@pytest.mark.parametrize("window", [1, 2, 64, 127, 128, 129, 300])
-def test_a_window_of_w_is_the_token_and_w_minus_1_before_it(backend, window, tokens=640, at=130):
-    "Change one value: exactly the `window` tokens from it on may notice."
+def test_a_window_of_w_is_the_token_and_w_minus_1_before_it(backend, tokens=640, at=130):
+    "Change one value: exactly the `window` tokens from it on may notice. All windows in one process, which compiles once for them."
     doc_ids = random_documents(1, tokens, 0)
     q, k, v = torch.randn(3, 1, tokens, 2, 128, device="cuda", dtype=torch.bfloat16)
     changed = v.clone()
     changed[:, at] = 100.0
-    mask = prepare_mask(backend, MaskSpec(window), doc_ids)
-    before, after = (attend(q, k, x, mask, 0.01, backend) for x in (v, changed))
-    noticed = (before != after).flatten(2).any(-1)[0].nonzero().flatten()
-    assert noticed.tolist() == list(range(at, min(at + window, tokens)))
+    whole_rows = dict(seq_len=tokens, device=q.device)
+    for window in (1, 2, 64, 127, 128, 129, 300):
+        for documents in (dict(doc_ids=doc_ids), whole_rows) if backend == "flash" else (dict(doc_ids=doc_ids),):
+            mask = prepare_mask(backend, MaskSpec(window), **documents)
+            before, after = (attend(q, k, x, mask, 0.01, backend) for x in (v, changed))
+            noticed = (before != after).flatten(2).any(-1)[0].nonzero().flatten()
+            assert noticed.tolist() == list(range(at, min(at + window, tokens))), f"window {window}, {list(documents)}"
 
 
 @pytest.mark.parametrize("name", ["flex", "flash"])
@@ -114,6 +123,7 @@ def test_masks_are_made_without_waiting_for_the_gpu(name):
         torch.cuda.set_sync_debug_mode("error")
         try:
             prepare_mask(name, spec, doc_ids)
+            prepare_mask(name, spec, seq_len=4096, device=doc_ids.device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
