@@ -515,8 +515,9 @@ def launch_main(script: Path, argv: list[str] | None = None) -> int:
 
     def body():
         if set(PRINT_CONFIG) & set(words): return train_main(words)
-        gpus = torch.cuda.device_count()
-        number = processes_to_start(asked, _device_name(words[0], words[1:]), gpus)
+        gpus, device = torch.cuda.device_count(), _device_name(words[0], words[1:])
+        choose_device(device)  # what isn't there is said once, not by every process
+        number = processes_to_start(asked, device, gpus)
         if asked is None and number < MOST_PROCESSES:
             print(f"processes: {number}, not the usual {MOST_PROCESSES}, since {gpus or 'no'} GPU{'s' * (gpus != 1)} can be used here (-n sets another number)", flush=True)
         if number == 1 and not flags: return train_main(words)  # it may use every core, as torch does by itself

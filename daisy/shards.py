@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import struct
 import sys
 import threading
@@ -28,7 +27,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -40,8 +39,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .corpus import MAX_DOCUMENT_MB, CorpusError, Document, corpus_files, open_corpus, split_of
-from .tokens import (EncodingError, count_words, encode_documents, encoding_to_json, load_encoding,
-                          token_byte_lengths, train_encoding)
+from .tokens import (EncodingError, count_words, encode_documents, encoding_to_json, load_encoding, look_for_dead,
+                          process_pool, start_tasks, token_byte_lengths, train_encoding)
 
 # %% ../nbs/03_shards.ipynb #9
 MAGIC = 20240520                # the first int32: "this is a shard"
@@ -246,15 +245,8 @@ def _encode_bucket(path, encoding, seed, report):
     path.unlink()
 
 # %% ../nbs/03_shards.ipynb #n18
-def _die_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def _start_worker(encoding_path, seed, done_bytes, stop):
-    "What a worker process does first: see to it that it doesn't outlive its parent, and note what `_encode_in_worker` needs."
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
+    "What a worker process does first: note what `_encode_in_worker` needs."
     def report(num_bytes):
         if stop.is_set(): raise CancelledError
         with done_bytes.get_lock(): done_bytes.value += num_bytes
@@ -268,7 +260,7 @@ def _encode_in_worker(path):
 
 
 def _watch(tasks, update):
-    "Call `update` five times a second until all `tasks` are done; raises the first failure."
+    "Call `update` five times a second until all `tasks` are done; raises the first failure, theirs or its own."
     while tasks:
         done, tasks = wait(tasks, timeout=0.2, return_when=FIRST_EXCEPTION)
         update()
@@ -276,27 +268,24 @@ def _watch(tasks, update):
             task.result()
 
 
-def _submit_all(pool, paths):
-    "To be called in a thread, which Ctrl-C can't interrupt; what it blocks, the processes that it starts inherit."
-    if hasattr(signal, "pthread_sigmask"): signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    return [pool.submit(_encode_in_worker, path) for path in paths]
-
-
 def _encode_in_processes(paths, encoding_path, seed, processes, bar):
     "`_encode_bucket` for all `paths`; spawned and not forked, since a fork copies locks that other threads hold."
     context = multiprocessing.get_context("spawn")
     done_bytes, stop = context.Value("q", 0), context.Event()
-    with (ProcessPoolExecutor(processes, context, _start_worker, (encoding_path, seed, done_bytes, stop)) as pool,
-          ThreadPoolExecutor(1) as starter):
-        try:
-            tasks = starter.submit(_submit_all, pool, paths).result()
-            _watch(tasks, lambda: bar.update(done_bytes.value - bar.n))
-        except BrokenProcessPool:
-            raise UnfinishedError("an encoding process was killed, perhaps for want of memory, and fewer processes take "
-                                  "less; or a script of your own lacks `if __name__ == '__main__':`") from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+
+    def update():
+        bar.update(done_bytes.value - bar.n)
+        look_for_dead(pool)
+
+    try:
+        with process_pool(processes, _start_worker, encoding_path, seed, done_bytes, stop) as pool:
+            try:
+                _watch(start_tasks(pool, _encode_in_worker, paths), update)
+            finally:
+                stop.set()
+    except BrokenProcessPool:
+        raise UnfinishedError("an encoding process was killed, perhaps for want of memory, and fewer processes take "
+                              "less; or a script of your own lacks `if __name__ == '__main__':`") from None
 
 # %% ../nbs/03_shards.ipynb #n20
 SMALL_BYTES = 32 << 20  # what one process encodes in a few seconds

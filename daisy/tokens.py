@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'SPLIT_PATTERN', 'GPT2_PATTERN', 'entropy_bits', 'bits_per_byte', 'count_words', 'learn_merges',
-           'encoding_from_merges', 'EncodingError', 'train_encoding', 'encode_documents', 'token_byte_lengths',
-           'unigram_nats', 'bigram_nats', 'unigram_loss', 'bigram_loss', 'encoding_to_json', 'encoding_from_json',
-           'save_encoding', 'load_encoding', 'gpt2_ranks', 'gpt2_encoding']
+           'encoding_from_merges', 'EncodingError', 'train_encoding', 'process_pool', 'look_for_dead', 'start_tasks',
+           'encode_documents', 'token_byte_lengths', 'unigram_nats', 'bigram_nats', 'unigram_loss', 'bigram_loss',
+           'encoding_to_json', 'encoding_from_json', 'save_encoding', 'load_encoding', 'gpt2_ranks', 'gpt2_encoding']
 
 # %% ../nbs/02_tokens.ipynb #2
 import hashlib
@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
@@ -178,6 +178,47 @@ def _encode_batch(enc, texts) -> tuple[np.ndarray, np.ndarray]:
     lengths = [1 + len(ids) for ids in parts[1::2]]
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe"), np.cumsum(lengths)
 
+# %% ../nbs/02_tokens.ipynb #efdc15ad
+@contextmanager
+def process_pool(num_processes, prepare, *arguments):
+    """A pool of new processes, each made ready by `prepare(*arguments)`, that leave Ctrl-C to this one and don't outlive it.
+
+    BrokenProcessPool if one dies; `look_for_dead` finds those that the pool itself misses.
+    """
+    pool = ProcessPoolExecutor(num_processes, get_context("spawn"), _begin_worker, (prepare, arguments))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        for process in (pool._processes or {}).values(): process.kill()
+        if pool._result_queue is not None: pool._result_queue._writer.close()  # the end of what its thread waits for
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(prepare, arguments):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    prepare(*arguments)
+
+
+def _end_with_parent():
+    parent_process().join()
+    os._exit(1)
+
+
+def look_for_dead(pool):
+    "BrokenProcessPool if a process has died: one that does so in the middle of sending a result isn't missed by its pool."
+    if any(process.exitcode is not None for process in (pool._processes or {}).values()): raise BrokenProcessPool
+
+
+def start_tasks(pool, function, items):
+    "A task for each of `items`. The processes that start for them never notice Ctrl-C, not even while they start."
+    def submit():  # in a thread that has blocked it, since they inherit that
+        if hasattr(signal, "pthread_sigmask"): signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        return [pool.submit(function, item) for item in items]
+    with ThreadPoolExecutor(1) as starter: return starter.submit(submit).result()
+
 # %% ../nbs/02_tokens.ipynb #74
 _BATCH_CHARS = 1 << 19  # small enough to keep several in memory, large enough that sending one costs little
 
@@ -194,65 +235,35 @@ def _batches(texts):
     if batch: yield batch
 
 
-def _end_with_parent():
-    parent_process().join()
-    os._exit(1)
-
-
 def _start_worker(enc):
-    "Make this process ready for `_encode_in_worker`: it leaves Ctrl-C to its parent and doesn't outlive it."
+    "Make this process ready for `_encode_in_worker`."
     global _worker_encoding
     _worker_encoding = enc
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _encode_in_worker(texts):
     return _encode_batch(_worker_encoding, texts)
 
 # %% ../nbs/02_tokens.ipynb #75
-@contextmanager
-def _ctrl_c_waits():
-    "Processes started inside never notice Ctrl-C, not even while they start; this one does so afterwards."
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
-    try:
-        yield
-    finally:
-        if before is not None: signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _result(future, pool):
-    "Wait for `future`. The pool misses a process that dies in the middle of sending a result, so look for the dead too."
-    while not future.done():
-        wait([future], timeout=0.5)
-        if not future.done() and any(process.exitcode is not None for process in (pool._processes or {}).values()):
-            raise BrokenProcessPool
-    return future.result()
-
-
-def _end_at_once(pool):
-    "Kill what is left of a broken pool, and let its thread see the end of what it waits for."
-    for process in (pool._processes or {}).values(): process.kill()
-    if pool._result_queue is not None: pool._result_queue._writer.close()
-
-
 def _encode_in_processes(enc, batches, num_processes):
     "What `_encode_batch` makes of each batch, in order; two batches a process are under way at a time."
-    pool = ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (enc,))
     try:
-        first = list(islice(batches, 2 * num_processes))
-        with _ctrl_c_waits():
-            ahead = deque(pool.submit(_encode_in_worker, batch) for batch in first)
-        while ahead:
-            encoded = _result(ahead.popleft(), pool)
-            ahead.extend(pool.submit(_encode_in_worker, batch) for batch in islice(batches, 1))
-            yield encoded
+        with process_pool(num_processes, _start_worker, enc) as pool:
+            ahead = deque(start_tasks(pool, _encode_in_worker, islice(batches, 2 * num_processes)))
+            while ahead:
+                encoded = _result(ahead.popleft(), pool)
+                ahead.extend(pool.submit(_encode_in_worker, batch) for batch in islice(batches, 1))
+                yield encoded
     except BrokenProcessPool:
-        _end_at_once(pool)
         raise EncodingError(f"one of {num_processes} processes that encode has died: killed, out of memory, or started by "
                             "a script without `if __name__ == '__main__':`; try num_processes=1") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+
+def _result(task, pool):
+    while not task.done():
+        wait([task], timeout=0.5)
+        if not task.done(): look_for_dead(pool)
+    return task.result()
 
 # %% ../nbs/02_tokens.ipynb #77
 def encode_documents(enc: tiktoken.Encoding, texts: Iterable[str], num_processes: int = 1) -> Iterator[np.ndarray]:

@@ -485,3 +485,30 @@ def test_the_fuzz_target_notices(monkeypatch):
     "A reader that fails otherwise, and one that reads what isn't there."
     monkeypatch.setattr(shards, "read_shard", lambda path, vocab_size: np.fromfile(path, "<u2", offset=1024))
     with pytest.raises(AssertionError, match="seed 0, input"): fuzz_shard_reader.fuzz(10, 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_a_process_that_dies_while_it_sends_ends_a_build_with_one_line(tmp_path):
+    "Half a message in the pipe and its lock held for ever: the pool alone would wait until the end of time."
+    (tmp_path / "text").mkdir()
+    for number in range(40): (tmp_path / "text" / f"{number}.txt").write_text(f"{number} apples and pears. " * 50)
+    (tmp_path / "script.py").write_text("""
+import os, signal, struct, sys
+from daisy import shards
+
+def dies_while_sending(path):
+    frame = sys._getframe()
+    while "result_queue" not in frame.f_locals: frame = frame.f_back
+    queue = frame.f_locals["result_queue"]
+    queue._wlock.acquire()
+    os.write(queue._writer.fileno(), struct.pack("!i", 1_000_000) + b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    shards._encode_in_worker = dies_while_sending
+    shards.build_corpus_shards("text", "out", vocab_size=270, processes=2, progress=False)
+""")
+    ran = subprocess.run([sys.executable, "script.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, cwd=tmp_path,
+                         capture_output=True, timeout=60)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith("daisy.shards.UnfinishedError: an encoding process was killed")

@@ -28,7 +28,7 @@ from daisy.distributed import (
     RankLost, Ranks, all_gather, from_first, join_ranks, leave_ranks, mean_over_ranks, reduce_scatter_mean, sum_over_ranks)
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 device = torch.device(f"cuda:{rank}" if "GPUS" in os.environ else "cpu")
-def join(timeout_s=60): return join_ranks(rank, world_size, device, os.environ.get("ADDRESS", "env://"), timeout_s)
+def join(timeout_s=300): return join_ranks(rank, world_size, device, os.environ.get("ADDRESS", "env://"), timeout_s)
 def save(**result): torch.save(result, f"{os.environ['FOLDER']}/{rank}.pt")
 """
 
@@ -48,7 +48,7 @@ def start(folder, body, number, **more):
 def run(folder, body, number, **more):
     "What each of `number` processes saved."
     processes = start(folder, body, number, **more)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=400)[1] for process in processes]  # a busy machine takes a minute to import torch
     assert not any(process.returncode for process in processes), "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt", weights_only=True, map_location="cpu") for rank in range(number)]
 

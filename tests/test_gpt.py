@@ -350,6 +350,12 @@ def test_counts_add_up(config, seq_len):
     assert 6 * matrices < flops_per_token(model, seq_len) <= 6 * (matrices + counts["gates"]) + pairs_at_most
 
 
+def test_growing_windows_are_counted_as_far_as_they_have_grown():
+    half, full = (GPT(GPTConfig(vocab_size=64, eos_token_id=0, num_layers=4, num_heads=2, head_dim=8, model_dim=16, max_seq_len=64,
+                                window_short=short, window_long=long)) for short, long in ((8, 32), (16, 64)))
+    assert flops_per_token(full, 64, 0.5) == flops_per_token(half, 64) < flops_per_token(full, 64)
+
+
 def test_the_same_seed_gives_the_same_weights():
     first, again, other = (GPT(GPTConfig(**SHAPE), seed=seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -324,6 +324,27 @@ def test_a_mistake_that_all_ranks_notice_is_said_once(here):
     assert process.returncode == 1 and err.count("\n") == 1 and "nowhere/*.bin" in err, err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_said_once(here):
+    process = start(here, "nowhere", "-n", "3", "device=cuda")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.count("\n") == 1 and "device=cuda needs a CUDA GPU" in err, err
+
+
+def test_a_rank_on_a_gpu_leaves_an_error_at_once(monkeypatch, capsys):
+    "NCCL's farewell would wait for the others; a process alone, or on gloo, returns as always."
+    left, nccl = [], Ranks(1, 2, torch.device("cuda", 1))
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(real_run, "_device_name", lambda *words: "auto")
+    for ranks, wrong, code in ((nccl, ValueError("no"), 1), (nccl, RuntimeError("a crash"), 1), (Ranks(1, 2), ValueError("no"), None)):
+        monkeypatch.setattr(real_run, "join_run", lambda device: ranks)
+        monkeypatch.setattr(real_run, "read_run_config", lambda *words, wrong=wrong: (_ for _ in ()).throw(wrong))
+        assert train_main(["c.yml"]) == 1 and left == [code] * (code is not None)
+        left.clear()
+    err = capsys.readouterr().err
+    assert err.count("train.py: no\n") == 2 and "RuntimeError: a crash" in err
+
+
 def test_who_says_it_first():
     class Store:
         said = {}

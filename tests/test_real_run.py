@@ -79,6 +79,27 @@ def wait_for_lines(process, path, count, timeout_s=120):
         time.sleep(0.002)
 
 
+def test_a_snapshot_taken_while_windows_grow_is_sampled_with_those_windows(here, reference):
+    "Promise 26: what a checkpoint computes is what training computed at its step."
+    config = load_config(here / "toy.yml", [f"checkpoint_dir={here}/growing", "num_iterations=6", "schedule_total_iters=24", "window_start=0.25",
+                                            "window_warmup_frac=0.5", "window_stages=4", "window_short=32", "sample_tokens=0"])
+    run = Run(config)
+    assert run.train() and run.model.window_fraction == 0.5
+    model, _ = load_model(here / "growing" / "state_step_6.pt", torch.device("cpu"))
+    tokens = torch.randint(1, 256, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        trained, full = run.model.eval()(tokens), (model.set_window_fraction(1.0), model(tokens))[1]
+        model, _ = load_model(here / "growing" / "state_step_6.pt", torch.device("cpu"))
+        cache = model.new_cache(1, 64)
+        assert torch.equal(model(tokens), trained) and not torch.allclose(full, trained, atol=1e-3)
+        pieces = torch.cat([model(piece, cache=cache) for piece in tokens.split(16, dim=1)], dim=1)
+    torch.testing.assert_close(pieces, trained, rtol=1e-4, atol=1e-4)
+    saved = load_checkpoint(here / "growing" / "state_step_6.pt")
+    del saved["window_fraction"]  # an older file
+    save_checkpoint(here / "older", saved.pop("step"), saved)
+    assert load_model(here / "older" / "state_step_6.pt", torch.device("cpu"))[0].window_fraction == 1.0
+
+
 def test_losses_cover_every_step(reference):
     assert [step for step, _ in reference] == list(range(1, 25))
     assert reference[-1][1] < reference[0][1] - 0.5

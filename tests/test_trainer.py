@@ -428,3 +428,13 @@ def test_mfu_is_logged_only_where_the_peak_is_known():
         assert all(("mfu" in row) == expected for row in rows if "loss" in row)
         assert not expected or all(0 < row["mfu"] and row["mfu"] == pytest.approx(row["tok_s"] * 1e6 / 1e12, rel=0.05, abs=1e-4)
                                    for row in rows if "loss" in row)
+
+
+def test_mfu_counts_the_windows_of_its_step():
+    trainer, rows = make(8, flops_per_token=lambda windows: 1e6 * windows), []
+    trainer.schedule = Schedule(8, momentum_warmup_steps=0, window_start=0.25, window_warmup_frac=0.5, window_stages=3)
+    trainer.peak_flops, trainer.log = 1e12, lambda **row: rows.append(row)
+    trainer.train()
+    seen = [row["mfu"] / (row["tok_s"] * 1e6 / 1e12) for row in rows if "loss" in row]
+    expected = [trainer.schedule.window_fraction(step) for step in range(8)]
+    assert len(set(expected)) == 3 and seen == pytest.approx(expected, rel=0.1, abs=0.02)
