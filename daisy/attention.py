@@ -356,7 +356,8 @@ class KVCache:
         if self.length is not None:
             self.length += tokens.size(1)
         if piece.counts is None:
-            self.last.copy_(tokens[:, -1:]), self.doc_starts.copy_(piece.doc_starts[:, -1])
+            self.last.copy_(tokens[:, -1:].clamp(min=0))  # made anew: compiled, a plain copy would see what `tokens` is next
+            self.doc_starts.copy_(piece.doc_starts[:, -1])
             self.lengths += tokens.size(1)
             return
         end = (piece.counts - 1).clamp(min=0)[:, None]

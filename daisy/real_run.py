@@ -38,13 +38,13 @@ from .config import (
     ConfigError, TrainConfig, accumulation_steps, config_help, config_sources, config_to_dict, config_to_yaml, load_config,
     parse_overrides, read_yaml)
 from .distributed import RankLost, Ranks, from_first, join_ranks, leave_ranks
-from .generate import Sampling, generate, stream_text
+from .generate import Decoder, Sampling, generate, stream_text
 from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
 from .optim import build_optimizers, load_optimizer_state, take_step
 from .schedules import Schedule
 from .shards import build_corpus_shards, read_shard, shard_files, shard_length
-from .speed import append_row, bench_attention, bench_model, current_commit, machine_name, median_seconds, result_row
+from .speed import append_row, bench_attention, bench_decode, bench_model, current_commit, decode_kernels, machine_name, median_seconds, result_row
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
 from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics, summary_writer, tensorboard_log
 
@@ -631,10 +631,17 @@ def _bench_parser() -> argparse.ArgumentParser:
     runs.add_argument("--target", type=float, help="validation loss whose time is to be reported")
     trainer = what.add_parser("trainer", allow_abbrev=False, help="what the trainer adds to bare steps, and how long a snapshot takes")
     trainer.add_argument("--steps", type=int, default=50, help="steps of each kind (%(default)s)")
-    for command in (model, runs, trainer):
+    decode = what.add_parser("decode", allow_abbrev=False, help="writing with a config's model, its weights random")
+    decode.add_argument("--batch", type=_numbers, nargs="+", default=[[1, 64]], help="rows written together, separated by commas or spaces (1,64)")
+    decode.add_argument("--prompt-tokens", type=int, default=512, help="in each row's prompt (%(default)s)")
+    decode.add_argument("--new-tokens", type=int, default=256, help="to write in each row (%(default)s)")
+    decode.add_argument("--top-k", type=int, default=50, help="(%(default)s)")
+    decode.add_argument("--uncached", action="store_true", help="read the whole text again for each token")
+    decode.add_argument("--kernels", type=int, default=0, metavar="N", help="print the N kernels that take most of a step")
+    for command in (model, runs, trainer, decode):
         command.add_argument("config", help="a YAML file of config/; key=value changes it, before or after the options")
         command.add_argument("--name", default="", help="the row's name")
-    for command in (attention, model, runs, trainer):
+    for command in (attention, model, runs, trainer, decode):
         command.add_argument("--out", help="the JSONL file to append to (results/WHAT.jsonl)")
         command.add_argument("--commit", help="what the row says of the code's commit, where git can't")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -662,6 +669,19 @@ def _model_rows(args, device):
     measured = bench_model(model, rows, config.max_seq_len, device, document_tokens=args.documents, optimizers=optimizers,
                            compiled=choose_compilation(config.compile, device))
     yield args.name or Path(args.config).stem, measured | dict(activation_checkpointing=config.activation_checkpointing)
+
+# %% ../nbs/23_real_run.ipynb #dec10001
+def _decode_rows(args, device):
+    "A measurement for each batch size. The config's key `compile` counts: layers, full, or false; auto is full on a GPU."
+    config = load_config(args.config, args.overrides)
+    eos_id = config.vocab_size - 1 if config.eos_token_id is None else config.eos_token_id
+    model = build_model(config.model_type, config_to_dict(config) | dict(eos_token_id=eos_id), device, "auto", config.seed).eval()
+    how = ("full" if device.type == "cuda" else "false") if config.compile == "auto" else choose_compilation(config.compile, device)
+    for batch in sum(args.batch, []):
+        yield args.name or Path(args.config).stem, bench_decode(model, batch, args.prompt_tokens, args.new_tokens, device, compiled=how,
+                                                                top_k=args.top_k, cached=not args.uncached)
+        for name, count, us in decode_kernels(Decoder(model, how), batch, args.prompt_tokens, args.top_k)[:args.kernels] if args.kernels else ():
+            print(f"{us:9.2f} us {count:7.2f} x  {name[:120]}")
 
 # %% ../nbs/23_real_run.ipynb #be7c0002
 def bench_trainer(config: TrainConfig, steps: int = 50) -> dict:
@@ -757,7 +777,7 @@ def _repeatable(argv: list[str]) -> str:
 
 
 def bench_main(argv: list[str] | None = None) -> int:
-    "The command `daisy-bench attention|model|train|trainer ...`; returns the exit code."
+    "The command `daisy-bench attention|model|train|trainer|decode ...`; returns the exit code."
     argv = sys.argv[1:] if argv is None else argv
     parser = _bench_parser()
     try:
@@ -769,7 +789,8 @@ def bench_main(argv: list[str] | None = None) -> int:
 
     def body():
         device = choose_device(args.device)
-        rows = dict(attention=_attention_rows, model=_model_rows, train=_run_rows, trainer=_trainer_rows)[args.what](args, device)
+        kinds = dict(attention=_attention_rows, model=_model_rows, train=_run_rows, trainer=_trainer_rows, decode=_decode_rows)
+        rows = kinds[args.what](args, device)
         for name, measured in rows:
             row = result_row(name, _repeatable(argv), device, args.commit, **measured)
             append_row(args.out or f"results/{args.what}.jsonl", row)
