@@ -104,8 +104,8 @@ def choose_token(logits: Tensor, pointers: Tensor, sampling: Sampling, seen: Ten
 
 def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     "The logits (B, k) of the tokens that may be chosen and the tokens, the likeliest first where top_k or top_p cut."
-    if sampling.top_k:
-        return logits.topk(min(sampling.top_k, logits.size(-1)))
+    if 0 < sampling.top_k < logits.size(-1):
+        return logits.topk(sampling.top_k)
     if sampling.top_p < 1:
         return logits.sort(dim=-1, descending=True, stable=True)
     return logits, torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
