@@ -4,7 +4,7 @@
 __all__ = ['BACKENDS', 'FLASH_CAPABILITY', 'GATE_CHANNELS', 'QK_NORM_SCALE', 'reference_attention', 'rms_norm', 'sdpa_attention',
            'flex_attention', 'flash_forward', 'flash_backward', 'flash_attention', 'flash_installed', 'flash_available',
            'auto_backend', 'explain_backend', 'choose_backend', 'prepare_mask', 'attend', 'Linear',
-           'CausalSelfAttention', 'KVCache']
+           'CausalSelfAttention', 'ring_positions', 'Piece', 'may_look', 'attend_one', 'LayerCache', 'KVCache']
 
 # %% ../nbs/07_attention.ipynb #2
 # Tensor legend: B batch, T tokens, S keys, D model, H heads, K key-value heads, hd head dim
@@ -12,13 +12,14 @@ import math
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from .masks import MaskSpec, VarlenMask, dense_mask, flex_block_mask, varlen_mask
+from .masks import MaskSpec, VarlenMask, _is_long_range, dense_mask, flex_block_mask, varlen_mask
 from .rope import apply_rope
 
 # %% ../nbs/07_attention.ipynb #12
@@ -228,22 +229,25 @@ class CausalSelfAttention(nn.Module):
         self.value_gate = Linear(min(GATE_CHANNELS, model_dim), num_kv_heads) if value_gate else None
         self.attention_gate = Linear(min(GATE_CHANNELS, model_dim), num_heads) if attention_gate else None
         self.qk_norm = qk_norm
+        self.qkv: Tensor | None = None  # a copy of the three in one, where weights are only read
         self.scale = (QK_NORM_SCALE if qk_norm else 1.0) / math.sqrt(head_dim)
 
-    def forward(self, x, rope, mask, backend="sdpa", value_embed=None, cache=None, layer=0):
-        "x (B, T, D); rope = (cos, sin) rows of these T positions; value_embed (B, T, K*hd); returns (B, T, D)."
+    def forward(self, x, rope, mask, backend="sdpa", value_embed=None, cache=None):
+        """x (B, T, D); rope = (cos, sin) rows of these T positions; value_embed (B, T, K*hd); returns (B, T, D).
+
+        With a `cache` x goes on where the tokens in it ended, and the cache knows who may look at whom: the mask isn't read.
+        """
         B, T, _ = x.shape
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
-        qkv = F.linear(x, torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype))
+        together = torch.cat([self.q.weight, self.k.weight, self.v.weight]) if self.qkv is None else self.qkv
+        qkv = F.linear(x, together.to(x.dtype))
         q, k, v = qkv.view(B, T, -1, self.head_dim).split(heads, dim=2)  # (B, T, H or K, hd)
         if value_embed is not None:
             v = v + self._gate(self.value_gate, x) * value_embed.view_as(v)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        y = attend(q, k, v, mask, self.scale, backend)
+        y = attend(q, k, v, mask, self.scale, backend) if cache is None else cache.attend(q, k, v, self.scale)
         if self.attention_gate is not None:
             y = self._gate(self.attention_gate, x) * y
         return self.out(y.reshape(B, T, -1))
@@ -253,24 +257,133 @@ class CausalSelfAttention(nn.Module):
         "A factor (B, T, heads, 1) for each head, 0 to 2, read off the first channels of x; 1 where the gate's weights are zero."
         return 2 * torch.sigmoid(gate(x[..., :gate.in_features])).unsqueeze(-1)
 
+# %% ../nbs/07_attention.ipynb #ca0e0001
+def ring_positions(newest: Tensor, places: int) -> Tensor:
+    "The position of the token in each place of a ring (B, places) whose newest token is at `newest` (B,); below 0: empty."
+    return newest[:, None] - (newest[:, None] - torch.arange(places, device=newest.device)) % places
+
+# %% ../nbs/07_attention.ipynb #ca0e0004
+class Piece(NamedTuple):
+    "The tokens (B, T) that are being read: where each stands in its row, and what was there before them."
+
+    positions: Tensor  # (B, T)
+    doc_starts: Tensor  # (B, T): the position where the token's document began
+    lengths: Tensor  # (B,): tokens of each row before the piece
+    before: Tensor  # (B, 1): the token before the piece, -1 where there is none
+    counts: Tensor | None  # (B,): the row's own tokens in the piece, padding follows; None where all are
+    at_start: bool  # no row has any token before it
+
+
+def may_look(spec: MaskSpec, piece: Piece, keys: Tensor) -> Tensor:
+    "Who of a piece may look at keys that stand at positions `keys` (B, S), as in lesson 06: boolean (B, T, S)."
+    q, k = piece.positions[:, :, None], keys[:, None, :]
+    near = k > q - spec.window if spec.window else torch.ones_like(k <= q)
+    if spec.long_every:
+        near = near | _is_long_range(spec, k // spec.block_size)
+    return near & (k <= q) & (k >= piece.doc_starts[:, :, None])
+
+# %% ../nbs/07_attention.ipynb #ca0e0006
+def attend_one(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    "Attention of one token a row, q (B, 1, H, hd), to k and v (B, S, K, hd) where `visible` (B, 1, S); returns (B, 1, H, hd)."
+    B, _, H, hd = q.shape
+    q = q.view(B, k.size(2), -1, hd)  # (B, K, H / K, hd)
+    if q.dtype == torch.float32:
+        scores = q @ k.permute(0, 2, 3, 1)
+        y = _shares(scores, visible, scale) @ v.transpose(1, 2)
+    else:
+        scores = (q.float().unsqueeze(3) * k.transpose(1, 2).unsqueeze(2).float()).sum(dim=-1)  # (B, K, H / K, S)
+        y = (_shares(scores, visible, scale).unsqueeze(-1) * v.transpose(1, 2).unsqueeze(2).float()).sum(dim=3)
+    return y.to(v.dtype).view(B, 1, H, hd)
+
+
+def _shares(scores: Tensor, visible: Tensor, scale: float) -> Tensor:
+    return (scores * scale).masked_fill(~visible.unsqueeze(1), -math.inf).softmax(dim=-1)
+
+# %% ../nbs/07_attention.ipynb #ca0e0009
+class LayerCache(NamedTuple):
+    "A layer's ring of keys and values (B, places, K, hd), and the piece that is being read."
+
+    keys: Tensor
+    values: Tensor
+    spec: MaskSpec
+    piece: Piece
+    used: int  # places that can hold a token by now: what lies behind them isn't read
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        "Attention of the piece's q (B, T, H, hd) to the ring and to the piece's own k and v (B, T, K, hd), which are stored."
+        if q.size(1) == 1 and self.piece.counts is None:
+            return self._attend_one(q, k, v, scale)
+        keys, values, at = k, v, self.piece.positions
+        if not self.piece.at_start:
+            keys, values = torch.cat([self.keys, k], dim=1), torch.cat([self.values, v], dim=1)
+            at = torch.cat([ring_positions(self.piece.lengths - 1, self.keys.size(1)), at], dim=1)
+        y = sdpa_attention(q, keys, values, may_look(self.spec, self.piece, at).unsqueeze(1), scale)
+        self._store(k, v)
+        return y
+
+    def _attend_one(self, q, k, v, scale):
+        newest, places = self.piece.lengths, self.keys.size(1)
+        row = torch.arange(q.size(0), device=q.device)
+        self.keys[row, newest % places], self.values[row, newest % places] = k[:, 0], v[:, 0]
+        visible = may_look(self.spec, self.piece, ring_positions(newest, places)[:, :self.used])
+        return attend_one(q, self.keys[:, :self.used], self.values[:, :self.used], visible, scale)
+
+    def _store(self, k, v):
+        "Put the last of each row's own tokens into the ring; places that none of them is due for stay as they are."
+        lengths, counts = self.piece.lengths, self.piece.counts
+        newest = lengths + (k.size(1) if counts is None else counts) - 1
+        source = ring_positions(newest, self.keys.size(1)) - lengths[:, None]  # (B, places): where in the piece
+        index = source.clamp(min=0)[:, :, None, None].expand(-1, -1, *k.shape[2:])
+        for ring, new in ((self.keys, k), (self.values, v)):
+            ring.copy_(torch.where(source[:, :, None, None] < 0, ring, new.gather(1, index)))
+
 # %% ../nbs/07_attention.ipynb #49
 class KVCache:
-    """Keys and values of every layer for the tokens so far, so that a new token costs one row instead of all.
+    """What every layer may still look at: its last `window` keys and values, for rows of different lengths.
 
-    Holds `capacity` tokens of `batch_size` rows; `length` counts the tokens that are complete in all layers.
+    `length` counts the tokens of the longest row, `capacity` is how many it may get; `lengths` (B,) counts each row's own
+    on the device. Where only the device shall count, `length` is None. A layer with long-range links keeps all tokens.
     """
 
-    def __init__(self, num_layers: int, batch_size: int, capacity: int, num_kv_heads: int, head_dim: int,
+    def __init__(self, specs: list[MaskSpec], batch_size: int, capacity: int, num_kv_heads: int, head_dim: int,
                  dtype: torch.dtype = torch.float32, device="cpu"):
-        shape = (num_layers, batch_size, capacity, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.doc_ids = torch.zeros(batch_size, capacity, dtype=torch.int32, device=device)
-        self.capacity, self.length = capacity, 0
+        self.specs, self.capacity, self.length = specs, capacity, 0
+        places = [capacity if spec.long_every or not spec.window else min(spec.window, capacity) for spec in specs]
+        self.keys, self.values = ([torch.zeros(batch_size, n, num_kv_heads, head_dim, dtype=dtype, device=device) for n in places]
+                                  for _ in range(2))
+        self.lengths, self.doc_starts = torch.zeros(2, batch_size, dtype=torch.int64, device=device)
+        self.last = torch.full((batch_size, 1), -1, device=device)  # each row's last token
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        "Store k, v (B, t, K, hd) of the new tokens and return those of all tokens up to them (B, length + t, K, hd)."
-        end = self.length + k.size(1)
-        self.keys[layer, :, self.length:end] = k
-        self.values[layer, :, self.length:end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+    def reset(self) -> None:
+        "Forget all rows."
+        self.length = 0
+        self.lengths.zero_(), self.doc_starts.zero_(), self.last.fill_(-1)
+
+    def piece(self, tokens: Tensor, eos_id: int, counts: Tensor | None = None) -> Piece:
+        "What layers must know about `tokens` (B, T), which come next; `counts` (B,) of them are the row's own."
+        positions = self.lengths[:, None] + torch.arange(tokens.size(1), device=tokens.device)
+        starts = torch.where(tokens == eos_id, positions, self.doc_starts[:, None])
+        if tokens.size(1) > 1:
+            starts = starts.cummax(dim=1).values
+        return Piece(positions, starts, self.lengths, self.last, counts, at_start=self.length == 0)
+
+    def layer(self, i: int, piece: Piece) -> LayerCache:
+        "Layer i's part, for reading `piece`."
+        places = self.keys[i].size(1)
+        used = places if self.length is None else min(self.length + piece.positions.size(1), places)
+        return LayerCache(self.keys[i], self.values[i], self.specs[i], piece, used)
+
+    def advance(self, tokens: Tensor, piece: Piece) -> None:
+        "Count the piece's tokens in, once all layers have read them."
+        if self.length is not None:
+            self.length += tokens.size(1)
+        if piece.counts is None:
+            self.last.copy_(tokens[:, -1:].clamp(min=0))  # made anew: compiled, a plain copy would see what `tokens` is next
+            self.doc_starts.copy_(piece.doc_starts[:, -1])
+            self.lengths += tokens.size(1)
+            return
+        end = (piece.counts - 1).clamp(min=0)[:, None]
+        some = piece.counts > 0  # a row that had ended before this piece keeps what it has
+        self.last.copy_(torch.where(some[:, None], tokens.gather(1, end), self.last))
+        self.doc_starts.copy_(torch.where(some, piece.doc_starts.gather(1, end)[:, 0], self.doc_starts))
+        self.lengths += piece.counts

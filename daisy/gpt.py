@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from .attention import GATE_CHANNELS, CausalSelfAttention, KVCache, Linear, prepare_mask, rms_norm
 from .block import MLP, Block, init_block
 from .loader import IGNORE
-from .masks import MaskSpec, dense_mask, document_ids, layer_windows, varlen_capacity
+from .masks import MaskSpec, document_ids, layer_windows, varlen_capacity
 from .rope import rope_tables
 
 # %% ../nbs/09_gpt.ipynb #15
@@ -63,7 +63,7 @@ def _loss_kernel():
     import triton.language as tl
 
     @triton.jit
-    def loss_and_slope_of_row(logits, slopes, targets, losses, share, width: tl.constexpr, vocab_size: tl.constexpr,
+    def cross_entropy_of_row(logits, slopes, targets, losses, share, width: tl.constexpr, vocab_size: tl.constexpr,
                               cap: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0)
         logits += row.to(tl.int64) * width
@@ -103,12 +103,12 @@ def _loss_kernel():
             slope = tl.where(column < vocab_size, slope, 0.0)
             tl.store(slopes + column, slope.to(slopes.dtype.element_ty), mask=column < width)
 
-    return loss_and_slope_of_row
+    return cross_entropy_of_row
 
 # %% ../nbs/09_gpt.ipynb #7c1e5a22
 HAS_TRITON = find_spec("triton") is not None  # not with a torch that was built for CPUs
 MAX_FUSED_CAP = 40.0  # exp(-2 * 40) is still a float32
-LOSS_BLOCK, LOSS_WARPS = 4096, 32  # two rows at a time on each of a GPU's processors, so that all rows at work fit its cache
+LOSS_BLOCK, LOSS_WARPS = 4096, 32  # two rows at work on each of a GPU's processors: what they read twice fits the cache
 
 
 @library.custom_op("daisy::loss_and_slope", mutates_args=())
@@ -343,51 +343,71 @@ class GPT(nn.Module):
             self.head.weight.zero_()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        return self.compute(tokens, targets, self.masks(tokens, cache), cache)
+        if cache is not None:
+            return self._finish(self.read(tokens, cache), targets)
+        return self.compute(tokens, targets, self.masks(tokens))
 
-    def compute(self, tokens: Tensor, targets: Tensor | None, masks: dict, cache: KVCache | None = None, parts=None) -> Tensor:
+    def compute(self, tokens: Tensor, targets: Tensor | None, masks: dict, parts=None) -> Tensor:
         """`forward` with the masks at hand: all that is worth compiling.
 
         `parts` are compiled stand-ins for its three steps: `_embedded`, `run_layer` and `_finish`.
         """
         embedded, layer, finish = parts or (self._embedded, run_layer, self._finish)
-        return finish(self._stream(tokens, masks, cache, embedded, layer), targets)
+        attention = [dict(mask=masks[window], backend=self.backend) for window in self.config.windows]
+        return finish(self._stream(embedded(tokens), tokens, self._rope(tokens.size(1)), attention, layer), targets)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         "The normalised stream (B, T, D) that the head reads, after all layers; with a cache, `tokens` continue what it holds."
-        return rms_norm(self._stream(tokens, self.masks(tokens, cache), cache, self._embedded, run_layer))
+        if cache is not None:
+            return rms_norm(self.read(tokens, cache))
+        masks = self.masks(tokens)
+        attention = [dict(mask=masks[window], backend=self.backend) for window in self.config.windows]
+        return rms_norm(self._stream(self._embedded(tokens), tokens, self._rope(tokens.size(1)), attention))
 
-    def _stream(self, tokens: Tensor, masks: dict, cache: KVCache | None, embedded, layer) -> Tensor:
-        "The stream after all layers."
-        start = cache.length if cache is not None else 0
-        rope, windows = self._rope(start, start + tokens.size(1)), self.config.windows
-        backend = self.backend if cache is None else "sdpa"
-        in_cache = dict(cache=cache) if cache is not None else {}
-        gates, x0 = self._gates(), embedded(tokens, cache)
-        x, streams = x0, {0: x0}  # streams[i] enters layer i
+    def read(self, tokens: Tensor, cache: KVCache, counts: Tensor | None = None, parts=None) -> Tensor:
+        """The stream (B, T, D) after all layers, where `tokens` (B, T) continue what `cache` holds.
+
+        Of a row that is padded at its end, `counts` (B,) tells how many tokens are its own. `parts` are compiled stand-ins
+        for `_embedded` and `run_layer`.
+        """
+        embedded, layer = parts or (self._embedded, run_layer)
+        if cache.length is not None and cache.length + tokens.size(1) > cache.capacity:
+            end = cache.length + tokens.size(1)
+            raise ValueError(f"{end} tokens don't fit a cache of {cache.capacity}: make it with new_cache(batch_size, {end})")
+        opens = self.config.eos_token_id if self.config.document_mask else -1  # no token is -1: the text is one document
+        piece = cache.piece(tokens, opens, counts)
+        rope = tuple(table[piece.positions] for table in cache.rope)
+        attention = [dict(mask=None, cache=cache.layer(i, piece)) for i in range(len(self.blocks))]
+        x = self._stream(embedded(tokens, piece.before), tokens, rope, attention, layer)
+        cache.advance(tokens, piece)
+        return x
+
+    def _stream(self, x0: Tensor, tokens: Tensor, rope: tuple, attention: list[dict], layer=run_layer) -> Tensor:
+        "The stream after all layers; `attention[i]` tells layer i's whom its tokens may look at."
+        gates, x, streams = self._gates(), x0, {0: x0}  # streams[i] enters layer i
         for i, block in enumerate(self.blocks):
-            if cache is not None:
-                in_cache["layer"] = i
             table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
             x = layer(block, x, x0, streams.get(len(self.blocks) - i) if gates[i][2] is not None else None, gates[i], tokens, table,
-                      self.config.activation_checkpointing, rope=rope, mask=masks[windows[i]], backend=backend, **in_cache)
+                      self.config.activation_checkpointing, rope=rope, **attention[i])
             if self._is_read_again(i + 1):
                 streams[i + 1] = x
         if self.backout_gate is not None:
             x = x - self.backout_gate * streams[len(self.blocks) // 2]
-        if cache is not None:
-            cache.length += tokens.size(1)
         return x
 
-    def _embedded(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        "Normalised embeddings (B, T, D), each with some of the one before it if the model smears."
+    def _embedded(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
+        """Normalised embeddings (B, T, D), each with some of the one before it if the model smears.
+
+        `before` (B, 1) is the token before the first one, -1 where there is none.
+        """
         x = rms_norm(self.embed(tokens)).to(self.compute_dtype)
         if self.smear is None:
             return x
-        before = torch.zeros_like(x[:, :1]) if cache is None else cache.last_embed
-        if cache is not None:
-            cache.last_embed = x[:, -1:].clone()
-        return self.smear(x, before, tokens == self.config.eos_token_id)
+        first = torch.zeros_like(x[:, :1])
+        if before is not None:
+            known = rms_norm(self.embed(before.clamp(min=0))).to(self.compute_dtype)
+            first = torch.where(before.unsqueeze(-1) < 0, first, known)
+        return self.smear(x, first, tokens == self.config.eos_token_id)
 
     def _finish(self, x: Tensor, targets: Tensor | None) -> Tensor:
         "Logits of the stream x, or the loss where there are targets."
@@ -410,11 +430,11 @@ class GPT(nn.Module):
         skipped = self.skip_gates is not None and i <= len(self.skip_gates)
         return skipped or (self.backout_gate is not None and i == len(self.blocks) // 2)
 
-    def _rope(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        "Rotations of positions start to end; the tables grow, in big steps, where a row is longer than in training."
-        if end > self.rope_cos.size(0):
-            self.extend_rope(2 * end)
-        return self.rope_cos[start:end], self.rope_sin[start:end]
+    def _rope(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        "Rotations of the first positions; the tables grow, in big steps, where a row is longer than in training."
+        if seq_len > self.rope_cos.size(0):
+            self.extend_rope(2 * seq_len)
+        return self.rope_cos[:seq_len], self.rope_sin[:seq_len]
 
     def set_window_fraction(self, fraction: float) -> None:
         "Let every layer see only this part (0 to 1) of its window from now on; a compiled model isn't compiled again."
@@ -426,21 +446,14 @@ class GPT(nn.Module):
         "The mask of a layer of this window, at the fraction that is in use."
         return MaskSpec(window=max(1, round(self.window_fraction * window)), long_every=self.config.long_every)
 
-    def masks(self, tokens: Tensor, cache: KVCache | None = None) -> dict:
-        "One mask for each window in use. With a cache: the rows of the new tokens over all keys."
-        c = self.config
-        if not c.document_mask and cache is None:
-            return {w: prepare_mask(self.backend, self._spec(w), seq_len=tokens.size(1), device=tokens.device) for w in set(c.windows)}
-        doc_ids = document_ids(tokens, c.eos_token_id if c.document_mask else -1)  # no token is -1: all is one document
-        if cache is None:
-            room = self._room(doc_ids)
-            return {w: prepare_mask(self.backend, self._spec(w), doc_ids, room) for w in set(c.windows)}
-        start, end = cache.length, cache.length + tokens.size(1)
-        if end > cache.capacity:
-            raise ValueError(f"{end} tokens don't fit a cache of {cache.capacity}: make it with new_cache(batch_size, {end})")
-        before = cache.doc_ids[:, start - 1:start] if start else 0
-        cache.doc_ids[:, start:end] = before + doc_ids
-        return {w: dense_mask(self._spec(w), cache.doc_ids[:, :end], start=start) for w in set(c.windows)}
+    def masks(self, tokens: Tensor) -> dict:
+        "One mask for each window in use."
+        windows = set(self.config.windows)
+        if not self.config.document_mask:
+            return {w: prepare_mask(self.backend, self._spec(w), seq_len=tokens.size(1), device=tokens.device) for w in windows}
+        doc_ids = document_ids(tokens, self.config.eos_token_id)
+        room = self._room(doc_ids)
+        return {w: prepare_mask(self.backend, self._spec(w), doc_ids, room) for w in windows}
 
     def _room(self, doc_ids: Tensor) -> int | None:
         "For flash, places for documents: twice those of the first batch of this size, since counting each would wait for the GPU."
@@ -451,11 +464,10 @@ class GPT(nn.Module):
         return self._rooms.get(size)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        "An empty cache for `capacity` tokens, in the type that the model computes in."
-        c, device = self.config, self.embed.weight.device
-        cache = KVCache(c.num_layers, batch_size, capacity, c.kv_heads, c.head_dim, self.compute_dtype, device)
-        if self.smear is not None:
-            cache.last_embed = torch.zeros(batch_size, 1, c.model_dim, dtype=self.compute_dtype, device=device)
+        "An empty cache for rows of up to `capacity` tokens, in the type that the model computes in."
+        c, specs = self.config, [self._spec(window) for window in self.config.windows]
+        cache = KVCache(specs, batch_size, capacity, c.kv_heads, c.head_dim, self.compute_dtype, self.embed.weight.device)
+        cache.rope = self._rope(capacity)  # its own: the model's tables may grow, and these must stay where they are
         return cache
 
 # %% ../nbs/09_gpt.ipynb #64

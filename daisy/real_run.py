@@ -5,9 +5,10 @@ __all__ = ['MODEL_CLASSES', 'COMPILED_WORDS', 'PRINT_CONFIG', 'TRAIN_USAGE', 'MO
            'MAX_SAMPLE_TOKENS', 'TEMPLATE', 'X_LABELS', 'get_model_class', 'choose_device', 'join_run', 'prepare_data',
            'run_encoding', 'choose_compilation', 'choose_compute_dtype', 'build_model', 'load_model', 'run_optimizers',
            'run_schedule', 'restore', 'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts',
-           'print_continuation', 'Run', 'one_line_errors', 'first_to_say', 'read_run_config', 'train_main', 'train',
-           'processes_to_start', 'rendezvous_flags', 'launch_main', 'read_prompt', 'sample_main', 'metric_curves',
-           'plot_metrics', 'plot_main', 'bench_trainer', 'compare_ranks', 'bench_run', 'bench_main']
+           'print_continuation', 'print_stream', 'Run', 'one_line_errors', 'first_to_say', 'read_run_config',
+           'train_main', 'train', 'processes_to_start', 'rendezvous_flags', 'launch_main', 'conversation_text',
+           'utf8_text', 'read_prompt', 'questions', 'fit_conversation', 'chat', 'print_samples', 'sample_main',
+           'metric_curves', 'plot_metrics', 'plot_main', 'bench_trainer', 'compare_ranks', 'bench_run', 'bench_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,20 +35,20 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .attention import choose_backend
+from .attention import choose_backend, explain_backend
 from .checkpoint import (
     Saver, finish_run, latest_checkpoint, load_checkpoint, open_run, random_state, set_random_state)
 from .config import (
     ConfigError, TrainConfig, accumulation_steps, config_help, config_sources, config_to_dict, config_to_yaml, load_config,
     parse_overrides, read_yaml)
 from .distributed import RankLost, Ranks, from_first, join_ranks, leave_ranks
-from .generate import Sampling, generate, stream_text
+from .generate import Decoder, Sampling, generate, generate_batch, stream_text
 from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
 from .optim import build_optimizers, load_optimizer_state, take_step
 from .schedules import Schedule
 from .shards import build_corpus_shards, read_shard, shard_files, shard_length
-from .speed import append_row, bench_attention, bench_model, current_commit, machine_name, median_seconds, result_row
+from .speed import append_row, bench_attention, bench_decode, bench_model, current_commit, decode_kernels, machine_name, median_seconds, result_row
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
 from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics, summary_writer, tensorboard_log
 
@@ -191,7 +193,7 @@ def describe(config: TrainConfig, model: GPT, ranks: Ranks, compiled: str, rows:
         f"model: {sum(counts.values()):,} parameters ({', '.join(f'{role} {n:,}' for role, n in counts.items() if n)})",
         f"       {c.num_layers} layers of {c.num_heads} heads x {c.head_dim}, width {c.model_dim}, windows "
         + " ".join(map(str, c.windows)),
-        f"device: {each}, attention {model.backend}, {COMPILED_WORDS[compiled]}, "
+        f"device: {each}, attention {explain_backend(config.attention, ranks.device, c.long_every)}, {COMPILED_WORDS[compiled]}, "
         + str(model.compute_dtype).removeprefix("torch."),
         f"batch: {config.global_batch_size} x {config.max_seq_len} = {config.global_batch_size * config.max_seq_len:,} tokens a "
         f"step ({of_ranks}{accumulation} x {rows} rows), {config.num_iterations:,} steps",
@@ -205,14 +207,27 @@ def run_facts(ranks: Ranks) -> dict:
                 ranks=ranks.world_size)
 
 # %% ../nbs/23_real_run.ipynb #25
-def print_continuation(model: GPT, encoding, prompt: str, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
+def print_continuation(model: GPT | Decoder, encoding, prompt: str, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
     "Print `prompt` and, as it comes, what the model adds to it, until it ends the document."
     ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
     pieces = stream_text(encoding, generate(model, ids, max_tokens, sampling, seed, stop_id=encoding.eot_token))
-    print(prompt + next(pieces, ""), end="", flush=True)  # whatever is wrong shows before anything is printed
-    for text in pieces:
-        print(text, end="", flush=True)
-    print()
+    print_stream(pieces, before=prompt)
+
+
+def print_stream(pieces: Iterator[str], before: str = "") -> str:
+    "Print pieces of text as they come, after `before`, and return the text; whatever ends it, the line is ended too."
+    text = next(pieces, "")  # whatever is wrong shows before anything is printed
+    print(before + text, end="", flush=True)
+    try:
+        for piece in pieces:
+            text += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt as interrupt:
+        interrupt.text = text
+        raise
+    finally:
+        print(flush=True)
+    return text
 
 # %% ../nbs/23_real_run.ipynb #26
 class Run:
@@ -532,12 +547,82 @@ MAX_SAMPLE_TOKENS = 1_000_000
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 
 
+def conversation_text(turns: list[tuple[str, str]], question: str) -> str:
+    "A new question after the `turns` so far, each a question with its answer, as the model was taught to read it."
+    return "".join(TEMPLATE.format(prompt=asked) + answer.strip() + "\n\n" for asked, answer in turns) + TEMPLATE.format(prompt=question)
+
+
+def utf8_text(data: bytes, name: str) -> str:
+    "Those bytes as text; ValueError names the first one that is none."
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} isn't UTF-8: byte {error.start + 1:,} is {data[error.start]:#04x}; "
+                         "convert it, with `iconv -f latin1 -t utf-8` for example") from None
+
+
+def read_prompt(prompt: str | None, raw: bool) -> str:
+    "The prompt given, or what is piped in, or the default; put into the instruction template unless `raw`."
+    if prompt is not None:
+        prompt = utf8_text(os.fsencode(prompt), "the prompt")
+    elif sys.stdin is not None and not sys.stdin.isatty():
+        prompt = utf8_text(sys.stdin.buffer.read(), "standard input").rstrip("\n") or None
+    prompt = DEFAULT_PROMPT if prompt is None else prompt
+    if not raw and not prompt.strip():
+        raise ValueError("the prompt is empty: give an instruction, or --raw to let the model begin a text of its own")
+    return prompt if raw else conversation_text([], prompt)
+
+# %% ../nbs/23_real_run.ipynb #5a3b0002
+def questions(first: str | None) -> Iterator[str]:
+    "What the user asks, line by line, until the input ends: typed after a `> `, or piped in. Empty lines are passed over."
+    if first is not None:
+        yield utf8_text(os.fsencode(first), "the prompt")
+    while True:
+        if sys.stdin.isatty():
+            try:
+                line = input("> ")
+            except EOFError:
+                return print()
+        elif not (line := utf8_text(sys.stdin.buffer.readline(), "standard input")):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def fit_conversation(turns: list, question: str, encoding, room: int) -> tuple[list, list[int]]:
+    "The latest of `turns` that fit into `room` tokens with the question, and the token ids of it all."
+    while True:
+        ids = [encoding.eot_token] + encoding.encode_ordinary(conversation_text(turns, question))
+        if len(ids) <= room or not turns:
+            return turns, ids
+        turns = turns[1:]
+
+
+def chat(decoder: Decoder, encoding, first: str | None, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
+    "Answer question after question, each read after those before it and their answers."
+    turns = []
+    for number, question in enumerate(questions(first)):
+        kept, ids = fit_conversation(turns, question, encoding, decoder.config.max_seq_len - max_tokens)
+        if len(kept) < len(turns):
+            print(f"(the first {len(turns) - len(kept)} of {len(turns)} turns no longer fit and are left out)", file=sys.stderr)
+        try:
+            answer = print_stream(stream_text(encoding, generate(
+                decoder, ids, max_tokens, sampling, None if seed is None else seed + number, stop_id=encoding.eot_token)))
+        except KeyboardInterrupt as stopped:
+            print("(stopped)", file=sys.stderr)
+            answer = getattr(stopped, "text", "")
+        turns = [*turns, (question, answer)]
+
+# %% ../nbs/23_real_run.ipynb #5a3b0003
 def _sample_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sample.py", description="Continue a text with a trained model.")
     parser.add_argument("checkpoint", nargs="?", help="checkpoint file; without it the latest in checkpoints/")
     parser.add_argument("--prompt", help=f"the instruction, or the text to continue; default: standard input, or {DEFAULT_PROMPT!r}")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the instruction template")
+    parser.add_argument("--chat", action="store_true", help="a conversation: a line is a question; ends with the input")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts to write at once (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="compile first: a minute, then several times as fast on a GPU")
     parser.add_argument("--max_tokens", type=int, default=200, help="most tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = the likeliest token always")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0 = all")
@@ -548,35 +633,61 @@ def _sample_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_prompt(prompt: str | None, raw: bool) -> str:
-    "The prompt given, or what is piped in, or the default; put into the instruction template unless `raw`."
-    if prompt is None and sys.stdin is not None and not sys.stdin.isatty():
-        prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").rstrip("\n") or None
-    prompt = DEFAULT_PROMPT if prompt is None else prompt
-    if not raw and not prompt.strip():
-        raise ValueError("the prompt is empty: give an instruction, or --raw to let the model begin a text of its own")
-    return prompt if raw else TEMPLATE.format(prompt=prompt)
+def _check_sample_args(args) -> None:
+    for name, most in (("max_tokens", MAX_SAMPLE_TOKENS), ("max_seq_len", MAX_SAMPLE_TOKENS), ("num_samples", 1024)):
+        if (value := getattr(args, name)) is not None and not 1 <= value <= most:
+            raise ValueError(f"--{name} {value} must be from 1 to {most:,}")
+    if args.chat and (args.raw or args.num_samples > 1):
+        raise ValueError(f"--chat is one conversation in the template: leave out {'--raw' if args.raw else '--num_samples'}")
+
+
+def print_samples(decoder: Decoder, encoding, prompt: str, number: int, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
+    "Print `number` texts that begin with `prompt`, written together, each under a line with the seed that writes it alone."
+    seed = torch.seed() % 2**31 if seed is None else seed
+    ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
+    texts = generate_batch(decoder, [ids] * number, max_tokens, sampling, seed, stop_id=encoding.eot_token)
+    for i, text in enumerate(texts):
+        print(f"--- {i + 1} of {number}, --seed {seed + i}\n{prompt}{''.join(stream_text(encoding, text))}", flush=True)
 
 
 def sample_main(argv: list[str] | None = None) -> int:
-    "The command `daisy-sample [CHECKPOINT] [--prompt TEXT] [--raw] ...`; returns the exit code."
+    "The command `daisy-sample [CHECKPOINT] [--prompt TEXT] [--raw | --chat] ...`; returns the exit code."
     try:
         args = _sample_parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
 
     def body():
-        for name in ("max_tokens", "max_seq_len"):
-            if (value := getattr(args, name)) is not None and not 1 <= value <= MAX_SAMPLE_TOKENS:
-                raise ValueError(f"--{name} {value} must be from 1 to {MAX_SAMPLE_TOKENS:,}")
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+        _check_sample_args(args)
+        how = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
         path = args.checkpoint or latest_checkpoint("checkpoints")
         if path is None:
             raise ValueError("no checkpoint in checkpoints/: train one with ./run.sh config/tiny.yml, or name a file")
         model, encoding = load_model(path, choose_device(args.device), args.max_seq_len)
-        print_continuation(model, encoding, read_prompt(args.prompt, args.raw), args.max_tokens, sampling, args.seed)
+        if encoding.n_vocab > model.config.vocab_size:
+            raise ValueError(f"{path}: its encoding has {encoding.n_vocab:,} tokens and its model a vocabulary of {model.config.vocab_size:,}: "
+                             "they don't belong together; take the checkpoint as training wrote it")
+        decoder = Decoder(model, "full" if args.compile else "false")
+        if args.chat:
+            chat(decoder, encoding, args.prompt, args.max_tokens, how, args.seed)
+            return 0
+        prompt = read_prompt(args.prompt, args.raw)
+        if (length := len(encoding.encode_ordinary(prompt)) + 1) > model.config.max_seq_len:
+            print(f"sample.py: the prompt has {length:,} tokens and a layer looks back at {model.config.max_seq_len:,}: "
+                  "it counts for little before those", file=sys.stderr)
+        if args.num_samples > 1:
+            print_samples(decoder, encoding, prompt, args.num_samples, args.max_tokens, how, args.seed)
+        else:
+            print_continuation(decoder, encoding, prompt, args.max_tokens, how, args.seed)
         return 0
-    return one_line_errors("sample.py", body)
+
+    def body_for_a_reader():
+        try:
+            return body()
+        except BrokenPipeError:  # as in `sample.py | head`: nobody is left to talk to
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+    return one_line_errors("sample.py", body_for_a_reader)
 
 # %% ../nbs/23_real_run.ipynb #c0ffee02
 X_LABELS = {"step": "step", "tokens_seen": "tokens", "train_s": "seconds of training"}
@@ -657,10 +768,17 @@ def _bench_parser() -> argparse.ArgumentParser:
     trainer.add_argument("--steps", type=int, default=50, help="steps of each kind (%(default)s)")
     scaling = what.add_parser("scaling", allow_abbrev=False, help="the same run on several numbers of processes")
     scaling.add_argument("--ranks", type=_numbers, default=[1, 2], help="processes on this machine, separated by commas")
-    for command in (model, runs, trainer, scaling):
+    decode = what.add_parser("decode", allow_abbrev=False, help="writing with a config's model, its weights random")
+    decode.add_argument("--batch", type=_numbers, nargs="+", default=[[1, 64]], help="rows written together, separated by commas or spaces (1,64)")
+    decode.add_argument("--prompt-tokens", type=int, default=512, help="in each row's prompt (%(default)s)")
+    decode.add_argument("--new-tokens", type=int, default=256, help="to write in each row (%(default)s)")
+    decode.add_argument("--top-k", type=int, default=50, help="(%(default)s)")
+    decode.add_argument("--uncached", action="store_true", help="read the whole text again for each token")
+    decode.add_argument("--kernels", type=int, default=0, metavar="N", help="print the N kernels that take most of a step")
+    for command in (model, runs, trainer, scaling, decode):
         command.add_argument("config", help="a YAML file of config/; key=value changes it, before or after the options")
         command.add_argument("--name", default="", help="the row's name")
-    for command in (attention, model, runs, trainer, scaling):
+    for command in (attention, model, runs, trainer, scaling, decode):
         command.add_argument("--out", help="the JSONL file to append to (results/WHAT.jsonl)")
         command.add_argument("--commit", help="what the row says of the code's commit, where git can't")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -688,6 +806,19 @@ def _model_rows(args, device):
     measured = bench_model(model, rows, config.max_seq_len, device, document_tokens=args.documents, optimizers=optimizers,
                            compiled=choose_compilation(config.compile, device))
     yield args.name or Path(args.config).stem, measured | dict(activation_checkpointing=config.activation_checkpointing)
+
+# %% ../nbs/23_real_run.ipynb #dec10001
+def _decode_rows(args, device):
+    "A measurement for each batch size. The config's key `compile` counts: layers, full, or false; auto is full on a GPU."
+    config = load_config(args.config, args.overrides)
+    eos_id = config.vocab_size - 1 if config.eos_token_id is None else config.eos_token_id
+    model = build_model(config.model_type, config_to_dict(config) | dict(eos_token_id=eos_id), device, "auto", config.seed).eval()
+    how = ("full" if device.type == "cuda" else "false") if config.compile == "auto" else choose_compilation(config.compile, device)
+    for batch in sum(args.batch, []):
+        yield args.name or Path(args.config).stem, bench_decode(model, batch, args.prompt_tokens, args.new_tokens, device, compiled=how,
+                                                                top_k=args.top_k, cached=not args.uncached)
+        for name, count, us in decode_kernels(Decoder(model, how), batch, args.prompt_tokens, args.top_k)[:args.kernels] if args.kernels else ():
+            print(f"{us:9.2f} us {count:7.2f} x  {name[:120]}")
 
 # %% ../nbs/23_real_run.ipynb #be7c0002
 def bench_trainer(config: TrainConfig, steps: int = 50) -> dict:
@@ -821,7 +952,7 @@ def _repeatable(argv: list[str]) -> str:
 
 
 def bench_main(argv: list[str] | None = None) -> int:
-    "The command `daisy-bench attention|model|train|trainer|scaling ...`; returns the exit code."
+    "The command `daisy-bench attention|model|train|trainer|scaling|decode ...`; returns the exit code."
     argv = sys.argv[1:] if argv is None else argv
     parser = _bench_parser()
     try:
@@ -833,7 +964,9 @@ def bench_main(argv: list[str] | None = None) -> int:
 
     def body():
         device = choose_device(args.device)
-        rows = dict(attention=_attention_rows, model=_model_rows, train=_run_rows, trainer=_trainer_rows, scaling=_scaling_rows)[args.what](args, device)
+        kinds = dict(attention=_attention_rows, model=_model_rows, train=_run_rows, trainer=_trainer_rows, scaling=_scaling_rows,
+                     decode=_decode_rows)
+        rows = kinds[args.what](args, device)
         for name, measured in rows:
             row = result_row(name, _repeatable(argv), device, args.commit, **measured)
             append_row(args.out or f"results/{'trainer' if args.what == 'scaling' else args.what}.jsonl", row)

@@ -4,7 +4,7 @@
 __all__ = ['KINDS', 'call_seconds', 'median_seconds', 'matmul_flops_s', 'copy_bytes_s', 'roofline_seconds', 'kind_of',
            'profile_ms', 'by_kind', 'machine_name', 'current_commit', 'result_row', 'append_row', 'read_rows',
            'visible_pairs', 'random_documents', 'bench_attention', 'kernels_ms', 'random_batch', 'model_flops',
-           'bench_model']
+           'bench_model', 'bench_decode', 'decode_kernels']
 
 # %% ../nbs/22_speed.ipynb #a4352265
 # Tensor legend: B batch (rows), T tokens, H heads, hd head dim, V vocabulary
@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/22_speed.ipynb #e5172845
 from .attention import attend, prepare_mask
+from .generate import Decoder, Sampling
 from .gpt import GPT, compile_gpt, flops_per_token
 from .masks import MaskSpec, document_ids
 from .trainer import peak_flops
@@ -289,3 +290,68 @@ def _time_model(model, batch_size, seq_len, device, document_tokens, compiled, o
                 memory_gb=_memory_gb(device), compile_s=round(compile_s, 1),
                 **(dict(optimizer_ms=round(update_ms, 2)) if optimizers else {}),
                 kinds_ms={kind: round(ms, 2) for kind, ms in by_kind(profile_ms(step, device)).items()})
+
+# %% ../nbs/22_speed.ipynb #dec00002
+def bench_decode(model: GPT, batch_size: int, prompt_tokens: int, new_tokens: int, device: torch.device, *, compiled: str = "false",
+                 top_k: int = 50, cached: bool = True, repeats: int = 3) -> dict:
+    '''Time writing `new_tokens` after random prompts in `batch_size` rows; not `cached`: the whole text for each token.
+
+    Returns shape, tokens a second of all rows from the second token on, milliseconds until the first one, seconds of
+    the first two texts beyond that, which compile and record, and peak memory; or the `error`.
+    '''
+    c = model.config
+    shape = dict(num_layers=c.num_layers, model_dim=c.model_dim, num_heads=c.num_heads, windows=f"{min(c.windows)}/{max(c.windows)}",
+                 dtype=str(model.compute_dtype).removeprefix("torch."), batch=batch_size, prompt=prompt_tokens, new_tokens=new_tokens, top_k=top_k)
+    try:
+        if not cached:
+            return shape | dict(how="uncached") | _time_uncached(model, batch_size, prompt_tokens, new_tokens, device, repeats)
+        decoder = Decoder(model, compiled)
+        how = ("recorded, " if decoder.graphs else "") + ("not compiled" if compiled == "false" else f"compiled: {compiled}")
+        return shape | dict(how=how) | _time_decoder(decoder, shape, device, repeats)
+    except RuntimeError as error:  # out of memory
+        return shape | dict(error=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
+
+
+def _prompts(vocab_size: int, rows: int, length: int) -> list[list[int]]:
+    return torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def _written_seconds(decoder, prompts, new_tokens, top_k) -> tuple[float, float]:
+    "Seconds until the first token of all rows is there, and until the last is."
+    start = time.perf_counter()
+    blocks = decoder.write(prompts, new_tokens, Sampling(temperature=0.8, top_k=top_k), seed=0)
+    next(blocks)
+    first_s = time.perf_counter() - start
+    for _ in blocks: pass
+    return first_s, time.perf_counter() - start
+
+
+def _time_decoder(decoder, shape, device, repeats):
+    prompts = _prompts(decoder.config.vocab_size, shape["batch"], shape["prompt"])
+    write = lambda: _written_seconds(decoder, prompts, shape["new_tokens"], shape["top_k"])
+    _start_memory(device)
+    early = [write()[1] for _ in range(2)]
+    firsts, wholes = zip(*(write() for _ in range(repeats)))
+    first_s, whole_s = statistics.median(firsts), statistics.median(wholes)
+    step_s = (whole_s - first_s) / max(1, shape["new_tokens"] - 1)
+    return dict(tok_s=round(shape["batch"] / step_s, 1), step_ms=round(1e3 * step_s, 4), first_token_ms=round(1e3 * first_s, 2),
+                compile_s=round(max(0.0, sum(early) - 2 * whole_s), 1), memory_gb=_memory_gb(device))
+
+
+@torch.no_grad()
+def _time_uncached(model, rows, prompt_tokens, new_tokens, device, repeats):
+    "At the length in the middle of the text."
+    tokens = torch.tensor(_prompts(model.config.vocab_size, rows, prompt_tokens + new_tokens // 2), device=device)
+    step_s = median_seconds(lambda: model(tokens)[:, -1].argmax(dim=-1), device, repeats, warmup=1)
+    return dict(tok_s=round(rows / step_s, 1), step_ms=round(1e3 * step_s, 4), first_token_ms=round(1e3 * step_s, 2), compile_s=0.0, memory_gb=_memory_gb(device))
+
+
+def decode_kernels(decoder: Decoder, batch_size: int, prompt_tokens: int, top_k: int = 50) -> list[tuple[str, float, float]]:
+    "What a written token's step consists of: name of kernel (on a CPU: operation), how often, microseconds together; the longest first."
+    blocks = decoder.write(_prompts(decoder.config.vocab_size, batch_size, prompt_tokens), 49, Sampling(temperature=0.8, top_k=top_k), seed=0)
+    for _ in range(2): next(blocks)
+    with profile(activities=[ProfilerActivity.CUDA if decoder.graphs else ProfilerActivity.CPU]) as profiled:
+        steps = len(next(blocks)[0])
+    time_of = lambda event: event.self_device_time_total if decoder.graphs else event.self_cpu_time_total
+    events = [(event.key, event.count / steps, time_of(event) / steps) for event in profiled.key_averages()]
+    return sorted((event for event in events if event[2] > 0), key=lambda event: -event[2])

@@ -389,9 +389,10 @@ def test_a_cache_of_any_type_gives_what_a_full_pass_gives(dtype, tolerance):
     layer, x, (cos, sin), value_embed, doc_ids = layer_and_inputs(dtype=dtype)
     spec, steps = MaskSpec(9), []
     full = layer(x, (cos, sin), dense_mask(spec, doc_ids), value_embed=value_embed)
-    cache = KVCache(1, 2, 40, 2, 16, dtype=dtype)
+    cache, ends = KVCache([spec], 2, 40, 2, 16, dtype=dtype), doc_ids.diff(dim=1, prepend=torch.zeros(2, 1, dtype=doc_ids.dtype))
     for start, end in ((0, 7), (7, 8), (8, 30), (30, 40)):
-        mask = dense_mask(spec, doc_ids[:, :end], start=start)
-        steps.append(layer(x[:, start:end], (cos[start:end], sin[start:end]), mask, value_embed=value_embed[:, start:end], cache=cache))
-        cache.length = end
-    assert cache.keys.dtype == dtype and (torch.cat(steps, 1) - full).norm() < tolerance * full.norm()
+        piece = cache.piece(ends[:, start:end], eos_id=1)
+        rope = cos[piece.positions], sin[piece.positions]
+        steps.append(layer(x[:, start:end], rope, None, value_embed=value_embed[:, start:end], cache=cache.layer(0, piece)))
+        cache.advance(ends[:, start:end], piece)
+    assert cache.keys[0].dtype == dtype and cache.keys[0].size(1) == 9 and (torch.cat(steps, 1) - full).norm() < tolerance * full.norm()

@@ -330,7 +330,7 @@ def test_in_bfloat16_weights_gradients_and_loss_stay_float32(extras):
     loss, cache = model(tokens, targets), model.new_cache(2, 16)
     loss.backward()
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {loss.dtype} == {torch.float32}
-    assert model.hidden(tokens).dtype == cache.keys.dtype == torch.bfloat16
+    assert model.hidden(tokens).dtype == cache.keys[0].dtype == torch.bfloat16
     with torch.no_grad():
         cached = torch.cat([model(piece, cache=cache) for piece in tokens.split(5, dim=1)], dim=1)
         assert_same(cached, model(tokens), 2e-2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from daisy.attention import explain_backend, flash_installed
+from daisy.generate import Decoder, Replayed, Sampling, generate_batch, prefill, reading_copy
 from daisy.gpt import GPT, GPTConfig, compile_gpt, cross_entropy, soft_cap
 from daisy.loader import IGNORE
 
@@ -146,3 +147,62 @@ def test_tiny_config_trains_on_the_gpu(tmp_path):
     sample = subprocess.run([sys.executable, "sample.py", str(tmp_path / "checkpoints" / "state_step_30.pt"), "--raw", "--prompt", "The ",
                              "--max_tokens", "20", "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
     assert sample.returncode == 0 and len(sample.stdout) > 10, sample.stderr
+
+
+# decoding: recorded steps
+
+def writer(dtype=torch.float32, **extras):
+    "A model whose windows end long before the texts below do."
+    shape = dict(vocab_size=500, num_layers=4, num_heads=2, head_dim=128, model_dim=256, max_seq_len=96, eos_token_id=0, window_short=40)
+    return awake(GPT(GPTConfig(**shape | extras), compute_dtype=dtype)).cuda().eval()
+
+
+PROMPTS = [[0, 5, 6], list(range(1, 150)), [7, 0, 9] * 11]
+
+
+@pytest.mark.parametrize("compiled", ["false", "layers", "full"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("extras", [{}, dict(ALL, depth_skips=True, num_kv_heads=1), dict(long_every=2, max_seq_len=300)], ids=str)
+def test_recorded_steps_write_what_eager_ones_write(compiled, rows, extras):
+    "200 tokens, past every window; the recorded batch is used three times: as it is, recorded, replayed."
+    torch._dynamo.reset()
+    model, sampling = writer(**extras), Sampling(0.9, 20, 0.95, 1.1)
+    expected = generate_batch(Decoder(model, graphs=False), PROMPTS[:rows], 200, sampling, seed=3)
+    decoder = Decoder(model, compiled)
+    for _ in range(3):
+        assert generate_batch(decoder, PROMPTS[:rows], 200, sampling, seed=3) == expected
+    assert generate_batch(decoder, PROMPTS[:rows], 200, sampling, seed=4) != expected
+
+
+def test_no_more_than_one_recording_a_shape():
+    recorded = []
+
+    def record(work):
+        from daisy.generate import record
+        recorded.append(work)
+        return record(work)
+
+    decoder = Decoder(writer(), record=record)
+    for seed in range(4):
+        for prompt in PROMPTS[:2]:  # 3 and 149 tokens: two widths, one capacity
+            generate_batch(decoder, [prompt], 60, seed=seed)
+    assert len(recorded) == 3  # two widths of prompts to read, one step
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_in_bfloat16_the_recorded_step_comes_near_float32(compiled):
+    "Logits at each place of a given text, past every window."
+    torch._dynamo.reset()
+    text = torch.randint(1, 500, (3, 160), generator=torch.Generator().manual_seed(0)).cuda()
+    twin = reading_copy(writer(torch.bfloat16))
+    cache, token, logits = twin.new_cache(3, 160), text[:, :1].clone(), torch.zeros(3, 500, device="cuda")
+    step = lambda: logits.copy_(twin._finish(twin.read(token, cache), None)[:, -1])
+    prefill(twin, text[:, :20], cache)
+    cache.length = None
+    replayed, seen = Replayed(torch.compile(step, fullgraph=True, dynamic=False) if compiled else step), []
+    for t in range(20, 160):
+        token.copy_(text[:, t:t + 1])
+        replayed()
+        seen.append(logits.clone())
+    assert relative(torch.stack(seen, dim=1), writer()(text)[:, 20:]) < 2e-2

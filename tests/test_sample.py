@@ -1,6 +1,8 @@
 """sample.py as its user meets it: a small checkpoint trained here, every option, and everything that can be mistyped."""
 import io
 import math
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +37,8 @@ model_dim: 16
 window_short: 8
 num_iterations: 2
 global_batch_size: 2
-max_seq_len: 32
-val_seq_len: 32
+max_seq_len: 128
+val_seq_len: 128
 device: cpu
 sample_tokens: 0
 checkpoint_dir: {folder}/checkpoints
@@ -76,6 +78,15 @@ def refused(result, *words):
     for word in words:
         assert word in err
     return True
+
+
+def random_checkpoint(checkpoint, folder):
+    "The checkpoint with random weights, which never ends a text; returns its path."
+    saved = load_checkpoint(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    saved["model"] = {name: 0.3 * torch.randn(w.shape, generator=generator) for name, w in saved["model"].items()}
+    saved["model"]["head.weight"][encoding_from_json(saved["encoding"]).eot_token] = 0
+    return str(save_checkpoint(folder, 1, saved))
 
 
 # ---- what it writes
@@ -127,8 +138,8 @@ def test_top_p_near_zero_and_top_k_beyond_the_vocabulary(sample):
 
 
 def test_max_tokens_is_obeyed_past_the_context(sample):
-    "100 tokens from a model that was trained on rows of 32."
-    short, long = (sample("--raw", "--prompt", "D", "--seed", 0, "--max_tokens", n)[1] for n in (5, 100))
+    "300 tokens from a model that was trained on rows of 128."
+    short, long = (sample("--raw", "--prompt", "D", "--seed", 0, "--max_tokens", n)[1] for n in (5, 300))
     assert long.startswith(short[:3]) and len(long) > len(short)
 
 
@@ -137,8 +148,8 @@ def test_max_seq_len_has_an_effect(sample, tmp_path, checkpoint):
     generator = torch.Generator().manual_seed(0)
     saved["model"] = {name: 0.3 * torch.randn(w.shape, generator=generator) for name, w in saved["model"].items()}
     path = str(save_checkpoint(tmp_path, 1, saved))
-    texts = {n: sample("--temperature", 0, "--max_tokens", 60, "--max_seq_len", n, path=path)[1] for n in (2, 32)}
-    assert texts[2] != texts[32] == sample("--temperature", 0, "--max_tokens", 60, path=path)[1]
+    texts = {n: sample("--temperature", 0, "--max_tokens", 60, "--max_seq_len", n, path=path)[1] for n in (2, 128)}
+    assert texts[2] != texts[128] == sample("--temperature", 0, "--max_tokens", 60, path=path)[1]
 
 
 def test_it_stops_where_the_document_ends(sample, tmp_path, checkpoint):
@@ -197,7 +208,7 @@ def test_an_encoding_of_another_vocabulary(sample, tmp_path, checkpoint):
     ("--temperature", "-1", "temperature -1.0"), ("--temperature", "nan", "temperature nan"), ("--top_p", "0", "top_p 0.0"),
     ("--top_p", "1.5", "top_p 1.5"), ("--top_k", "-1", "top_k -1"), ("--repetition_penalty", "0", "repetition_penalty 0.0"),
     ("--max_tokens", "0", "--max_tokens 0"), ("--max_tokens", "-3", "--max_tokens -3"), ("--max_seq_len", "0", "--max_seq_len 0"),
-    ("--seed", "-1", "seed -1"), ("--seed", str(2**70), "must be from 0 to")])
+    ("--seed", "-1", "seed -1"), ("--num_samples", "0", "--num_samples 0"), ("--num_samples", "5000", "from 1 to 1,024"), ("--seed", str(2**70), "must be from 0 to")])
 def test_a_value_out_of_range(sample, option, value, word):
     assert refused(sample(option, value), word)
 
@@ -211,7 +222,7 @@ def test_not_understood(sample, options):
 def test_help(capsys):
     assert sample_main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for option in ("--device", "--max_tokens", "--temperature", "--top_k", "--top_p", "--repetition_penalty", "--seed", "--max_seq_len", "--prompt", "--raw"):
+    for option in ("--device", "--max_tokens", "--temperature", "--top_k", "--top_p", "--repetition_penalty", "--seed", "--max_seq_len", "--prompt", "--raw", "--chat", "--num_samples"):
         assert option in shown
 
 
@@ -235,13 +246,108 @@ def test_what_is_piped_in_is_the_prompt_unless_one_is_given(run_dir, stdin, opti
     assert out.returncode == 0 and out.stderr == b"" and out.stdout.decode().startswith(start)
 
 
-def test_standard_input_that_is_not_utf8(run_dir):
-    out = run_command(run_dir, "--raw", stdin=b"a\xff\xfeb")
-    assert out.returncode == 0 and out.stdout.decode().startswith("a\ufffd\ufffdb")
+@pytest.mark.parametrize("options", [["--raw"], [], ["--chat"]])
+def test_standard_input_that_is_not_utf8(run_dir, options):
+    out = run_command(run_dir, *options, stdin=b"a\xff\xfeb\n")
+    assert out.returncode == 1 and out.stdout == b"" and out.stderr.decode().count("\n") == 1
+    assert "standard input isn't UTF-8: byte 2 is 0xff" in out.stderr.decode()
 
 
-# ---- still to come in sample_main: remove the mark when it does
+def test_a_prompt_that_is_not_utf8(run_dir):
+    command = [sys.executable, ROOT / "sample.py", "--device", "cpu", "--prompt", b"caf\xe9"]
+    out = subprocess.run(command, cwd=run_dir, capture_output=True, stdin=subprocess.DEVNULL)
+    assert out.returncode == 1 and out.stdout == b"" and "the prompt isn't UTF-8: byte 4 is 0xe9" in out.stderr.decode()
+    assert out.stderr.count(b"\n") == 1
 
+
+# ---- several at once, a conversation
+
+def test_several_samples_are_what_their_seeds_write_alone(sample):
+    code, out, err = sample("--raw", "--prompt", "Document 1", "--num_samples", 3, "--seed", 5)
+    assert code == 0 and err == ""
+    parts = re.split(r"^--- (\d) of 3, --seed (\d+)\n", out, flags=re.M)
+    assert parts[0] == "" and parts[1::3] == ["1", "2", "3"] and parts[2::3] == ["5", "6", "7"]
+    for seed, text in zip((5, 6, 7), parts[3::3]):
+        assert sample("--raw", "--prompt", "Document 1", "--seed", seed)[1] == text
+    assert len(set(parts[3::3])) == 3
+    named = re.search(r"--seed (\d+)\n(.*)\n---", sample("--raw", "--prompt", "D", "--num_samples", 2)[1], re.S)  # without a seed too
+    assert sample("--raw", "--prompt", "D", "--seed", named[1])[1] == named[2] + "\n"
+
+
+def test_a_conversation(run_dir):
+    out = run_command(run_dir, "--chat", stdin=b"Say hello.\n\nAnd again?\n")
+    assert out.returncode == 0 and out.stderr == b"" and b"###" not in out.stdout
+    alone = run_command(run_dir, "--chat", "--prompt", "Say hello.", stdin=b"And again?\n")
+    assert alone.stdout == out.stdout  # the first question from the command line is the same conversation
+
+
+def test_the_second_answer_has_read_the_first_question(sample, monkeypatch, tmp_path, checkpoint):
+    path = random_checkpoint(checkpoint, tmp_path)
+    answers = []
+    for first in ("What is 1?", "What is 2?"):
+        monkeypatch.setattr(sys, "stdin", Terminal("And then?\n"))
+        code, out, err = sample("--chat", "--prompt", first, "--temperature", 0, "--max_tokens", 12, path=path)
+        assert code == 0 and "Traceback" not in err
+        answers.append(out.split("> ")[1])
+    assert answers[0] != answers[1]
+
+
+def test_a_conversation_that_grows_too_long_forgets_its_beginning(run_dir):
+    out = run_command(run_dir, "--chat", stdin=b"How long is this?\n" * 4)
+    assert out.returncode == 0 and "turns no longer fit and are left out" in out.stderr.decode() and b"Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("options, word", [(("--raw",), "--raw"), (("--num_samples", 2), "--num_samples")])
+def test_a_conversation_takes_neither(sample, options, word):
+    assert refused(sample("--chat", *options), "leave out", word)
+
+
+# ---- it ends early
+
+def interrupted(run_dir, path, *options, stdin=subprocess.DEVNULL):
+    "Ctrl-C once the first bytes are there: exit code, standard output, standard error."
+    command = [sys.executable, ROOT / "sample.py", path, "--device", "cpu", "--max_tokens", "500000", "--seed", "0", *options]
+    process = subprocess.Popen(command, cwd=run_dir, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    begin = process.stdout.read(40)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, begin + out, err.decode()
+
+
+def test_ctrl_c_in_the_middle_of_a_stream(run_dir, tmp_path, checkpoint):
+    code, out, err = interrupted(run_dir, random_checkpoint(checkpoint, tmp_path), "--raw", "--prompt", "D")
+    assert code == 130 and err.strip() == "sample.py: interrupted" and out.startswith(b"D") and out.endswith(b"\n")
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_conversation_goes_on(run_dir, tmp_path, checkpoint):
+    path = random_checkpoint(checkpoint, tmp_path)
+    code, out, err = interrupted(run_dir, path, "--chat", "--prompt", "Hello?")
+    assert code == 0 and err.strip() == "(stopped)" and len(out) >= 40  # then standard input ended
+
+
+def test_the_reader_leaves(run_dir, tmp_path, checkpoint):
+    "As in `python sample.py | head -c 20`."
+    command = [sys.executable, ROOT / "sample.py", random_checkpoint(checkpoint, tmp_path), "--device", "cpu", "--max_tokens", "500000", "--raw", "--prompt", "D"]
+    process = subprocess.Popen(command, cwd=run_dir, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(20), process.stdout.close()
+    assert process.wait(timeout=60) != 0 and process.stderr.read() == b""
+
+
+def test_a_model_that_diverges_in_the_middle(sample, tmp_path, checkpoint):
+    "Its text so far stands, then one line says why there is no more."
+    saved = load_checkpoint(random_checkpoint(checkpoint, tmp_path))
+    encoding = encoding_from_json(saved["encoding"])
+    whole = sample("--raw", "--prompt", "D", "--temperature", 0, "--max_tokens", 60, path=str(tmp_path / "state_step_1.pt"))[1]
+    late = next(c for c in whole[30:] if c.isascii() and c.isprintable() and c not in whole[:30])
+    saved["model"]["embed.weight"][encoding.encode_ordinary(late)[0]] = math.nan
+    code, out, err = sample("--raw", "--prompt", "D", "--temperature", 0, "--max_tokens", 60, path=str(save_checkpoint(tmp_path, 2, saved)))
+    assert code == 1 and err.count("\n") == 1 and "NaN or infinity" in err and len(out) > 20 and whole.startswith(out.rstrip("\n"))
+
+
+def test_a_prompt_longer_than_the_context_is_answered_with_a_word_of_warning(sample):
+    code, out, err = sample("--raw", "--prompt", "Document 1 says. " * 20, "--seed", 0)
+    assert code == 0 and out.startswith("Document 1") and err.count("\n") == 1
+    assert re.fullmatch(r"sample.py: the prompt has \d+ tokens and a layer looks back at 128: .*\n", err)
 
 
 def test_a_device_that_is_no_device(sample):
