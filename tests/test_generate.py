@@ -1,4 +1,4 @@
-"""What lesson 17 can't hold: properties of sampling over many inputs, the cache for many shapes, streaming of any bytes."""
+"""What lesson 17 can't hold: properties of sampling over many inputs, the cache for many shapes and rows, streaming of any bytes."""
 import math
 
 import pytest
@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from daisy.generate import (Sampling, decode_one_token, generate, keep_top_k, keep_top_p, next_token_probs, penalize_repetition,
-                            prefill, stream_text)
+import daisy.generate
+from daisy.generate import (Decoder, Replayed, Sampling, choose_token, decode_one_token, generate, generate_batch, keep_top_k, keep_top_p,
+                            next_token_probs, penalize_repetition, prefill, reading_copy, stream_text)
 from daisy.gpt import GPT, GPTConfig
 from daisy.tokens import encoding_from_merges
 
@@ -111,6 +112,42 @@ def test_a_setting_out_of_range(name, value):
         Sampling(**{name: value})
 
 
+def shares(logits, sampling, seen=None, pointers=4000):
+    "How often each token (V,) of one row of logits is chosen by pointers at equal distances."
+    places = (torch.arange(pointers) + 0.5)[:, None] / pointers
+    many = None if seen is None else torch.zeros(pointers, logits.size(1), dtype=torch.bool).scatter(1, seen.expand(pointers, -1), True)
+    return choose_token(logits.expand(pointers, -1), places, sampling, many).flatten().bincount(minlength=logits.size(1)) / pointers
+
+
+@settings(deadline=None, max_examples=60)
+@given(arrays("float32", array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40), elements=st.floats(-9, 9, width=32)).map(torch.from_numpy),
+       samplings, st.data())
+def test_pointers_choose_by_the_distribution(logits, sampling, data):
+    logits = logits[:1]
+    if len(set(logits[0].tolist())) < logits.size(1):
+        logits = logits + torch.arange(logits.size(1)) * 1e-3  # which of equal tokens a cut keeps is nobody's promise
+    seen = torch.tensor([data.draw(st.lists(st.integers(0, logits.size(1) - 1), min_size=3, max_size=3))])
+    probs = next_token_probs(logits, sampling, seen=seen)[0]
+    if sampling.top_p < 1 and (next_token_probs(logits, Sampling(sampling.temperature, sampling.top_k, 1.0, sampling.repetition_penalty), seen=seen)
+                               .sort(descending=True).values.cumsum(-1) - sampling.top_p).abs().min() < 1e-4:
+        return  # at the very edge of a cut rounding decides
+    torch.testing.assert_close(shares(logits, sampling, seen), probs, atol=6e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pointer", [0.0, 0.5, 1 - 2**-24])
+@pytest.mark.parametrize("sampling", [Sampling(1, 0), Sampling(1, 3), Sampling(1, 0, 0.6), Sampling(1, 3, 0.6)], ids=str)
+def test_no_pointer_hits_a_token_without_chance(sampling, pointer):
+    logits = torch.tensor([[-math.inf, 2.0, -math.inf, 1.0, 0.0, -3.0, -math.inf]])
+    chosen = choose_token(logits, torch.tensor([[pointer]]), sampling).item()
+    assert next_token_probs(logits, sampling)[0, chosen] > 0
+
+
+@pytest.mark.parametrize("row", [[math.nan, 1.0], [math.nan] * 2, [math.inf, 1.0], [-math.inf] * 2])
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0.8), Sampling(1, 0, 0.5), Sampling(1, 1)], ids=str)
+def test_a_row_without_numbers_is_reported_and_the_others_go_on(row, sampling):
+    assert choose_token(torch.tensor([[9.0, -9.0], row]), torch.zeros(2, 1), sampling).tolist() == [[0], [-1]]
+
+
 # ---- the cache
 
 def random_model(seed=0, **changes):
@@ -154,15 +191,163 @@ def test_cached_is_uncached_at_every_position(feature, prompt_len, piece):
     torch.testing.assert_close(cached_logits(model, tokens, prompt_len, piece), expected, atol=1e-4, rtol=1e-4)
 
 
+def rows_of(*lengths, seed=5):
+    "Rows of tokens with a document's end in some of them."
+    rows = [torch.randint(1, 60, (n,), generator=torch.Generator().manual_seed(seed + n)) for n in lengths]
+    rows[0][0], rows[-1][-1] = 0, 0
+    return rows
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+@pytest.mark.parametrize("read_tokens", [2048, 7])
+@torch.no_grad()
+def test_rows_of_any_lengths_get_what_each_would_get_alone(feature, read_tokens, monkeypatch):
+    "Prompts of 1 to 33 tokens read in one pass, or in pieces in which some rows have ended, then 12 tokens each."
+    monkeypatch.setattr(daisy.generate, "READ_TOKENS", read_tokens)
+    model, rows = random_model(**feature), rows_of(1, 33, 16, 7, 8)
+    new = torch.randint(0, 60, (5, 12), generator=torch.Generator().manual_seed(2))
+    counts = torch.tensor([len(row) for row in rows])
+    cache = model.new_cache(5, 45)
+    got = [prefill(model, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=3), cache, counts)]
+    got += [decode_one_token(model, column, cache) for column in new.split(1, dim=1)]
+    for i, row in enumerate(rows):
+        expected = model(torch.cat([row, new[i]])[None])[0, len(row) - 1:]
+        torch.testing.assert_close(torch.stack(got, dim=1)[i], expected, atol=1e-4, rtol=1e-4)
+    assert cache.lengths.tolist() == (counts + 12).tolist()
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+def test_a_layer_keeps_no_more_than_its_window(feature):
+    model = random_model(**feature)
+    cache = model.new_cache(2, 1000)
+    expected = [1000 if feature.get("long_every") else window for window in model.config.windows]
+    assert [keys.size(1) for keys in cache.keys] == [values.size(1) for values in cache.values] == expected
+    assert [keys.size(1) for keys in model.new_cache(2, 3).keys] == [min(places, 3) for places in expected]
+
+
 @pytest.mark.parametrize("feature", FEATURES, ids=str)
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0, repetition_penalty=1.5), Sampling(0.9, 20, 0.9, 1.2)], ids=str)
 def test_generate_is_the_naive_loop(feature, sampling):
-    model, tokens, numbers = random_model(**feature), torch.tensor([[0, 5, 6]]), torch.Generator().manual_seed(3)
+    model, tokens = random_model(**feature), torch.tensor([[0, 5, 6]])
     with torch.no_grad():
-        for _ in range(30):
-            probs = next_token_probs(model(tokens)[:, -1], sampling, seen=tokens)
-            tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=numbers)], dim=1)
+        for pointer in torch.rand(30, generator=torch.Generator().manual_seed(3)):
+            seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool).scatter(1, tokens, True)
+            tokens = torch.cat([tokens, choose_token(model(tokens)[:, -1], pointer.view(1, 1), sampling, seen)], dim=1)
     assert list(generate(model, [0, 5, 6], 30, sampling, seed=3)) == tokens[0, 3:].tolist()
+
+
+# ---- many rows, recorded steps
+
+PROMPTS = [[0, 5, 6], [7] * 20, [0, 3, 0, 9, 9, 1, 2]]
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+def test_a_batch_writes_what_its_rows_write_alone_recorded_or_not(feature):
+    model, sampling = random_model(**feature), Sampling(0.9, 20, 0.9, 1.2)
+    alone = [list(generate(model, prompt, 50, sampling, seed=3 + i)) for i, prompt in enumerate(PROMPTS)]
+    assert generate_batch(model, PROMPTS, 50, sampling, seed=3) == alone
+    decoder = Decoder(model, graphs=True, record=lambda work: work)
+    for _ in range(3):  # as it is, recorded, replayed
+        assert generate_batch(decoder, PROMPTS, 50, sampling, seed=3) == alone
+
+
+def test_one_recording_a_shape():
+    recorded = []
+
+    def record(work):
+        recorded.append(work)
+        return work
+
+    decoder = Decoder(random_model(), graphs=True, record=record)
+    for seed in range(4):
+        for prompt in ([1, 2], [3] * 150):
+            list(generate(decoder, prompt, 60, seed=seed))
+    assert len(recorded) == 3  # prompts of up to 128 and of up to 256 tokens, and a step
+    list(generate(decoder, [1], 60, Sampling(0.5)))
+    assert len(recorded) == 4  # another temperature is another step, seen for the second time
+
+
+def test_nothing_in_a_recorded_step_moves():
+    "Replaying works on addresses: after the first text no tensor of the batch may be another one."
+    decoder = Decoder(random_model(smear=True), graphs=True, record=lambda work: work)
+
+    def addresses():
+        batch = decoder._batch
+        tensors = [x for x in (*vars(batch).values(), *vars(batch.cache).values(), *batch.cache.keys, *batch.cache.values, *batch.cache.rope)
+                   if isinstance(x, torch.Tensor)]
+        return [x.data_ptr() for x in tensors]
+
+    list(generate(decoder, [1, 2], 40, Sampling(repetition_penalty=1.2), seed=0))
+    before = addresses()
+    list(generate(decoder, [1, 2, 3], 40, Sampling(repetition_penalty=1.2), seed=1))
+    assert addresses() == before and len(before) > 15
+
+
+def test_each_row_stops_by_itself():
+    model, sampling = random_model(), Sampling(1.0)
+    free = generate_batch(model, PROMPTS, 40, sampling, seed=0)
+    stops = {free[0][5], free[1][20]}
+    for decoder in (model, Decoder(model, graphs=True, record=lambda work: work)):
+        cut = generate_batch(decoder, PROMPTS, 40, sampling, seed=0, stop_id=stops)
+        assert cut == [row[:next((i for i, token in enumerate(row) if token in stops), 40)] for row in free]
+        assert list(generate(decoder, PROMPTS[0], 40, sampling, seed=0, stop_id=stops)) == cut[0]
+    assert generate_batch(model, [], 5) == []
+
+
+def test_two_texts_from_one_decoder_at_a_time():
+    decoder = Decoder(random_model())
+    first = generate(decoder, [1], 20)
+    next(first)
+    assert len(list(generate(decoder, [2], 5))) == 5
+    with pytest.raises(RuntimeError, match="another was begun"):
+        list(first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+@torch.no_grad()
+def test_the_reading_copy_computes_the_same(feature, dtype):
+    model = random_model(**feature)
+    model.compute_dtype = dtype
+    before, tokens = {name: p.clone() for name, p in model.named_parameters()}, torch.randint(0, 60, (2, 40))
+    state, twin = torch.get_rng_state(), reading_copy(model)
+    assert torch.equal(torch.get_rng_state(), state)  # training's random numbers are left alone
+    assert torch.equal(twin(tokens), model(tokens)) or dtype == torch.float32
+    torch.testing.assert_close(twin(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(before[name], p) and p.dtype == torch.float32 for name, p in model.named_parameters())
+    if dtype == torch.bfloat16:
+        assert {m.weight.dtype for m in twin.modules() if isinstance(m, torch.nn.Linear)} == {dtype}
+
+
+def test_work_is_recorded_the_second_time_and_replayed_from_then_on():
+    done, recorded = [], []
+
+    def record(work):
+        recorded.append(len(done))
+        return lambda: done.append("replayed")
+
+    work = Replayed(lambda: done.append("done"), record=record)
+    for _ in range(4): work()
+    assert done == ["done", "replayed", "replayed", "replayed"] and recorded == [1]
+
+
+def test_a_way_to_compile_that_is_none():
+    with pytest.raises(ValueError, match="compiled='maybe' is not known: choose false, layers or full"):
+        Decoder(random_model(), "maybe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["layers", "full"])
+@pytest.mark.parametrize("feature", [dict(), FEATURES[-1]], ids=str)
+def test_compiled_steps_write_the_same_and_compile_once(compiled, feature):
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+    model, sampling = random_model(**feature), Sampling(0.9, 20, 0.9, 1.2)
+    expected = generate_batch(model, PROMPTS, 50, sampling, seed=3)
+    decoder = Decoder(model, compiled, graphs=True, record=lambda work: work)
+    assert generate_batch(decoder, PROMPTS, 50, sampling, seed=3) == expected
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert generate_batch(decoder, PROMPTS, 50, sampling, seed=3) == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs and (compiled == "layers" or graphs == 1)
 
 
 # ---- generate
