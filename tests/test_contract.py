@@ -7,18 +7,18 @@ import pytest
 TESTS = Path(__file__).parent
 PROMISES = {
     "the config comes first; -h anywhere is usage": "run_sh: without_a_config_the_usage_goes_to_stderr, help_anywhere_launches_nothing, anything_else_first_is_refused",
-    "-n: one process a GPU, at most 8; obeyed or refused": "ranks: the_default_is_the_gpus_and_an_explicit_number_is_obeyed_or_refused, what_is_launched_and_what_is_said_of_it; "
-        "run_sh: the_number_of_processes_is_handed_on_only_where_it_is_given, a_process_count_that_is_none",
+    "-n: one process a GPU, at most 8; obeyed or refused": "ranks: the_default_is_the_gpus_and_an_explicit_number_is_obeyed_or_refused, what_is_launched_and_what_is_said_of_it, "
+        "a_gpu_that_is_not_there_is_said_once; run_sh: the_number_of_processes_is_handed_on_only_where_it_is_given, a_process_count_that_is_none",
     "-p resumes exactly; the same line goes on, or starts afresh, or is refused": "real_run: killed_at_random_moments_while_saving_too, "
         "the_same_line_after_a_finished_run_starts_afresh, another_configs_folder_is_refused, resuming_finished_training_says_there_is_nothing_left; "
-        "ranks: saved_on_two_resumed_on_one_and_back; config_checkpoint: unfinished_run_continues, finished_run_moves_aside",
+        "ranks: saved_on_two_resumed_on_one_and_back, a_run_saved_on_some_gpus_goes_on_on_others; config_checkpoint: unfinished_run_continues, finished_run_moves_aside",
     "-s counts shards from 1 and wraps": "run_sh: begin_shard_counts_from_one, begin_shard_is_exported_only_when_asked_for; "
         "real_run: begin_shard_comes_from_the_environment_and_wraps",
     "--ignore-prior-schedule in four spellings really trains": "run_sh: four_spellings_are_one_flag; real_run: a_fresh_schedule_really_trains",
     "key=value, typed, in any order; the command line beats YAML beats checkpoint": "run_sh: any_order, overrides_with_and_without_dashes; "
         "config_checkpoint: overrides, bad_overrides_are_one_line, precedence; real_run: the_command_line_beats_the_checkpoint_where_the_weights_allow_it",
     "the same tokens in the same steps on any number of ranks": "ranks: several_ranks_give_the_losses_of_one, a_batch_that_does_not_divide_is_one_line, "
-        "the_mean_is_over_the_targets_of_all_ranks; real_run: accumulation_takes_the_same_steps; config_checkpoint: accumulation_against_brute_force",
+        "the_mean_is_over_the_targets_of_all_ranks, two_gpus_give_the_losses_of_one; real_run: accumulation_takes_the_same_steps; config_checkpoint: accumulation_against_brute_force",
     "defaults of the environment, several machines, signals arrive": "run_sh: thread_settings_are_made_only_where_the_user_has_not, "
         "torchruns_flags_for_several_machines_are_handed_on, signals_arrive, the_slurm_recipe_starts_run_sh_on_every_node, "
         "the_skypilot_recipe_starts_run_sh_on_every_node; ranks: two_nodes_of_one_process, a_signal_to_the_launcher_saves_and_leaves, "
@@ -37,7 +37,7 @@ PROMISES = {
         "a_folder_that_cannot_be_written_is_one_line, a_checkpoint_of_an_older_daisy_loads",
     "all ranks see the same": "ranks: several_ranks_give_the_losses_of_one, a_mistake_that_all_ranks_notice_is_said_once; trainer: evaluate_counts_each_target_once",
     "progress in a bar, in lines, in a log, in TensorBoard, in a picture": "trainer: in_a_log_there_are_lines_and_no_blanks, a_terminal_gets_a_bar, "
-        "mfu_is_logged_only_where_the_peak_is_known, peaks_of_gpus, a_log_survives_what_a_kill_leaves; real_run: log_and_checkpoint_say_what_made_them, "
+        "mfu_is_logged_only_where_the_peak_is_known, mfu_counts_the_windows_of_its_step, peaks_of_gpus, a_log_survives_what_a_kill_leaves; real_run: log_and_checkpoint_say_what_made_them, "
         "tensorboard_draws_what_is_logged_and_is_asked_for_by_name, runs_are_drawn_over_each_other",
     "a loss that is no number stops the run and overwrites nothing": "trainer: a_bad_loss_is_named_and_no_snapshot_follows, "
         "a_bad_gradient_under_a_good_loss_is_noticed_before_it_is_saved, a_bad_validation_is_noticed_before_it_is_saved; real_run: a_shard_that_vanishes_is_named",
