@@ -64,7 +64,7 @@ def _loss_kernel():
 
     @triton.jit
     def cross_entropy_of_row(logits, slopes, targets, losses, share, width: tl.constexpr, vocab_size: tl.constexpr,
-                              cap: tl.constexpr, BLOCK: tl.constexpr):
+                             cap: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0)
         logits += row.to(tl.int64) * width
         slopes += row.to(tl.int64) * width
