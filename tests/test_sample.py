@@ -1,5 +1,6 @@
 """sample.py as its user meets it: a small checkpoint trained here, every option, and everything that can be mistyped."""
 import io
+import json
 import math
 import re
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from daisy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from daisy.real_run import DEFAULT_PROMPT, TEMPLATE, sample_main, train_main
+from daisy.real_run import DEFAULT_PROMPT, TEMPLATE, bench_main, sample_main, train_main
 from daisy.shards import build_corpus_shards
 from daisy.tokens import encoding_from_json, encoding_from_merges, encoding_to_json
 
@@ -361,3 +362,17 @@ def test_more_tokens_than_memory_holds(sample):
 def test_a_refused_seed_prints_no_prompt(sample):
     code, out, _ = sample("--seed", -1)
     assert code == 1 and out == ""
+
+
+# ---- what it costs
+
+@pytest.mark.parametrize("options", [("--batch", "1,2"), ("--batch", "1", "2"), ("--batch", "1", "2", "--uncached")], ids=str)
+def test_the_decode_benchmark_adds_a_row_for_each_batch(tmp_path, options, capsys):
+    command = ["decode", "config/tiny.yml", "num_layers=2", *options, "--prompt-tokens", "20", "--new-tokens", "6", "--device", "cpu"]
+    assert bench_main([*command, "--out", str(tmp_path / "rows.jsonl"), "--commit", "abc"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["batch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["command"] == " ".join(["daisy-bench", *command]) and row["commit"] == "abc" and row["name"] == "tiny"
+        assert (row["prompt"], row["new_tokens"], row["top_k"], row["num_layers"]) == (20, 6, 50, 2)
+        assert row["tok_s"] > 0 and row["first_token_ms"] > 0 and row["how"] == ("uncached" if "--uncached" in options else "not compiled")
