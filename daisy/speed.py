@@ -334,7 +334,7 @@ def _time_decoder(decoder, shape, device, repeats):
     firsts, wholes = zip(*(write() for _ in range(repeats)))
     first_s, whole_s = statistics.median(firsts), statistics.median(wholes)
     step_s = (whole_s - first_s) / max(1, shape["new_tokens"] - 1)
-    return dict(tok_s=round(shape["batch"] / step_s, 1), step_ms=round(1e3 * step_s, 4), first_token_ms=round(1e3 * first_s, 2),
+    return dict(tok_s=round(shape["batch"] / step_s, 2), step_ms=round(1e3 * step_s, 4), first_token_ms=round(1e3 * first_s, 2),
                 compile_s=round(max(0.0, sum(early) - 2 * whole_s), 1), memory_gb=_memory_gb(device))
 
 
@@ -343,7 +343,7 @@ def _time_uncached(model, rows, prompt_tokens, new_tokens, device, repeats):
     "At the length in the middle of the text."
     tokens = torch.tensor(_prompts(model.config.vocab_size, rows, prompt_tokens + new_tokens // 2), device=device)
     step_s = median_seconds(lambda: model(tokens)[:, -1].argmax(dim=-1), device, repeats, warmup=1)
-    return dict(tok_s=round(rows / step_s, 1), step_ms=round(1e3 * step_s, 4), first_token_ms=round(1e3 * step_s, 2), compile_s=0.0, memory_gb=_memory_gb(device))
+    return dict(tok_s=round(rows / step_s, 3), step_ms=round(1e3 * step_s, 4), first_token_ms=round(1e3 * step_s, 2), compile_s=0.0, memory_gb=_memory_gb(device))
 
 
 def decode_kernels(decoder: Decoder, batch_size: int, prompt_tokens: int, top_k: int = 50) -> list[tuple[str, float, float]]:
