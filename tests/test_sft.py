@@ -224,6 +224,18 @@ def test_marked_batches_go_on_from_a_position(tmp_path):
     assert first + second == whole and any(IGNORE in row for row in whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_marked_batches_on_a_gpu_are_the_same(tmp_path, prefetch):
+    marked_shard(tmp_path / "a.bin", [(2, 3, 1, 2), (1, 4, 0, 0)] * 9, base=1)
+    here, there = (TokenLoader([tmp_path / "a.bin"], 2, 6, eos_id=EOS, device=device, prefetch=prefetch) for device in ("cpu", "cuda"))
+    for _ in range(12):
+        one, two = next(here), next(there)
+        assert two.inputs.is_cuda and torch.equal(one.inputs, two.inputs.cpu()) and torch.equal(one.targets, two.targets.cpu())
+        assert two.inputs.is_contiguous() and two.targets.is_contiguous() and two.targets.dtype == torch.int64
+    here.close(); there.close()
+
+
 @settings(max_examples=30, deadline=None)
 @given(conversations=st.lists(conversation, min_size=1, max_size=8), seq_len=st.integers(1, 12), world_size=st.integers(1, 3))
 def test_validation_scores_every_response_token_and_every_end_once(conversations, seq_len, world_size):
@@ -640,6 +652,14 @@ def test_without_a_checkpoint_one_line_says_what_to_type(trained, tmp_path, monk
     assert train_main(line) == 1
     said = capsys.readouterr().err.strip()
     assert reason in said and "\n" not in said and not list(tmp_path.glob("checkpoints*")) and not (tmp_path / "data").exists()
+
+
+def test_without_shards_one_line_names_the_builder(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    assert train_main(["config/instruct_sft.yml", f"init_checkpoint={latest_checkpoint(trained / 'checkpoints')}"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "build_sft_shards.py --source SOURCE --out-dir data/sft" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["instruct_sft", "instruct_sft_1.6B"])
