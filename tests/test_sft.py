@@ -225,6 +225,7 @@ def test_marked_batches_go_on_from_a_position(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_marked_batches_on_a_gpu_are_the_same(tmp_path, prefetch):
     marked_shard(tmp_path / "a.bin", [(2, 3, 1, 2), (1, 4, 0, 0)] * 9, base=1)
@@ -562,6 +563,7 @@ def test_held_out_questions_are_in_no_training_text():
     "Neither in the shards of pretraining nor in those of fine-tuning, with the defaults of both."
     from daisy.corpus import python_docs, split_of
     train, held_out = python_questions("train"), python_questions("val")
+    assert held_out == python_questions("val") != python_questions("val", seed=1)
     assert len(held_out) >= (200 if sys.version_info[:2] == (3, 11) else 100)
     text = "\n".join(" ".join(document.text.lower().split()) for document in python_docs() if split_of(document.text, 0.05) == "train")
     tuned = {" ".join(question.answer.lower().split()).rstrip(".") for question in train}
