@@ -30,6 +30,7 @@ setup(
             "daisy-sample=daisy.real_run:sample_main",
             "daisy-bench=daisy.real_run:bench_main",
             "daisy-build-shards=daisy.shards:main",
+            "daisy-build-sft-shards=daisy.sft:main",
             "daisy-plot=daisy.real_run:plot_main",
             "daisy-run-lessons=daisy.lesson:main",
         ],
