@@ -1,0 +1,461 @@
+"""What the lesson on evaluation can't hold: harness, transformers, command lines, bad input, every switch of the model.
+
+`pip install 'daisy[hf]'` and `pip install 'daisy[lm-eval]'` bring what the tests that are skipped without them need.
+"""
+import importlib.util
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from daisy import evaluate
+from daisy.gpt import GPT, GPTConfig
+from daisy.tokens import encode_documents, train_encoding
+
+needs_transformers = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("transformers", "safetensors"))), reason="pip install 'daisy[hf]'")
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install 'daisy[lm-eval]'")
+
+TEXT = "def join(path, *paths):\n    Join two or more pathname components, inserting '/' as needed.\n\nÜber 12 daisies: 🌼 don't.\n"
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    return train_encoding([TEXT * 3, "The quick brown fox. " * 20], vocab_size=300, name="test")
+
+
+def config_of(encoding, **changes) -> GPTConfig:
+    shape = dict(vocab_size=encoding.n_vocab, num_layers=4, num_heads=4, head_dim=16, model_dim=64, max_seq_len=48, eos_token_id=encoding.eot_token)
+    return GPTConfig(**shape | changes)
+
+
+def noisy_model(config: GPTConfig, seed=0) -> GPT:
+    "Every weight and gate away from where it starts, so that nothing that is left out goes unnoticed."
+    model = GPT(config, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim < 2 else 0.1))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(encoding):
+    return noisy_model(config_of(encoding, window_short=16))
+
+
+def nats_by_loop(model, ids, start):
+    with torch.no_grad():
+        return [-model(torch.tensor([ids[:i]]))[0, -1].log_softmax(-1)[ids[i]].item() for i in range(start, len(ids))]
+
+
+# scoring
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
+def test_spans_in_any_batches_are_scored_as_one_by_one(model, encoding, batch_tokens):
+    dice = random.Random(0)
+    base = [dice.randrange(256) for _ in range(60)]
+    spans = [([encoding.eot_token, *base[:dice.randrange(1, 60)], *[dice.randrange(256) for _ in range(dice.randrange(3))]], 0) for _ in range(12)]
+    spans = [(ids, dice.randrange(1, len(ids))) for ids, _ in spans]
+    for (ids, start), (nats, hits) in zip(spans, evaluate.score_spans(model, spans, batch_tokens), strict=True):
+        torch.testing.assert_close(nats, torch.tensor(nats_by_loop(model, ids, start)), atol=2e-5, rtol=1e-5)
+        with torch.no_grad(): likeliest = model(torch.tensor([ids]))[0].argmax(-1)
+        assert hits.tolist() == [likeliest[i - 1].item() == ids[i] for i in range(start, len(ids))]
+
+
+def test_logits_that_are_not_numbers_are_refused(encoding):
+    broken = noisy_model(config_of(encoding))
+    with torch.no_grad(): broken.head.weight[5] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        evaluate.score_spans(broken, [([encoding.eot_token, 5, 6], 1)])
+
+
+def test_bits_per_byte_counts_every_byte_once_and_agrees_with_the_loop(model, encoding):
+    texts = [TEXT, "", "a", TEXT * 2 + "🌼"]
+    for seq_len, stride in ((48, 0), (48, 48), (10, 3)):
+        score = evaluate.score_texts(model, encoding, texts, seq_len=seq_len, stride=stride, batch_tokens=200)
+        assert score.num_bytes.sum() == sum(len(text.encode()) for text in texts)
+        nats = 0.0
+        for ids in map(np.ndarray.tolist, encode_documents(encoding, texts)):
+            for begin, first, end in evaluate.plan_windows(len(ids), seq_len, stride or seq_len // 2):
+                nats += sum(nats_by_loop(model, ids[begin:end], first - begin))
+        assert score.bits.sum() == pytest.approx(nats / np.log(2), rel=1e-5)
+
+
+def test_an_untrained_model_needs_the_bits_of_its_vocabulary(encoding):
+    "All logits are 0, so each token costs log2 V: the only way to another figure is to lose or double a token."
+    fresh = GPT(config_of(encoding)).eval()
+    [ids] = encode_documents(encoding, [TEXT * 40])
+    score = evaluate.score_texts(fresh, encoding, [TEXT * 40])
+    assert score.bits.sum() == pytest.approx((len(ids) - 1) * np.log2(encoding.n_vocab), rel=1e-5)
+    assert len(score.bits) == -(-len((TEXT * 40).encode()) // evaluate.PIECE_BYTES) > 1
+
+
+def test_shards_become_text_again_for_models_of_another_vocabulary(tmp_path, encoding, model):
+    from daisy.shards import build_corpus_shards
+    (tmp_path / "texts").mkdir()
+    texts = [f"{TEXT}\nNumber {i} of many texts. " + "More of it. " * i for i in range(30)]
+    for i, text in enumerate(texts): (tmp_path / "texts" / f"{i}.txt").write_text(text)
+    build_corpus_shards(tmp_path / "texts", tmp_path / "shards", vocab_size=280, val_fraction=0.4, processes=1, progress=False)
+    found = [text for split in ("train", "val") for text in evaluate.read_texts(str(tmp_path / "shards" / f"{split}_*.bin"))]
+    assert sorted(found) == sorted(texts)
+    first = evaluate.read_texts(str(tmp_path / "shards" / "train_*.bin"), max_bytes=100)
+    assert sum(len(text.encode()) for text in first) == 100
+    assert evaluate.score_texts(model, encoding, first).num_bytes.sum() == 100
+
+
+def test_no_text_is_an_error(tmp_path, model, encoding):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="no text to score"): evaluate.read_texts(tmp_path / "empty.txt")
+    with pytest.raises(ValueError, match="nothing|no text"): evaluate.score_texts(model, encoding, [""])
+    with pytest.raises(ValueError, match="no corpus"): evaluate.open_task(f"bpb:{tmp_path}/none.txt")
+
+
+# choices
+
+def test_choices_are_scored_where_they_begin_to_differ(model, encoding):
+    item = evaluate.Item("The quick", (" brown fox", " brown", "er fox", " daisies"), 0)
+    [scores] = evaluate.score_choices(model, encoding, [item])
+    context = [encoding.eot_token, *encoding.encode_ordinary(item.context)]
+    for choice, (total, per_byte, per_token) in zip(item.choices, scores):
+        whole = [encoding.eot_token, *encoding.encode_ordinary(item.context + choice)]
+        start = evaluate.choice_spans(encoding, item)[0][1]
+        assert whole[:start] == context[:start]
+        assert total == pytest.approx(sum(nats_by_loop(model, whole, start)), rel=1e-5)
+        assert per_byte == pytest.approx(total / len(choice)) and per_token == pytest.approx(total / (len(whole) - start))
+
+
+def test_separate_choices_keep_the_prompt_whole(model, encoding):
+    item = evaluate.Item("Response:\n", ("  def", "x"), 0, separate=True)
+    for (ids, start), choice in zip(evaluate.choice_spans(encoding, item), item.choices):
+        assert ids == [encoding.eot_token, *encoding.encode_ordinary(item.context), *encoding.encode_ordinary(choice)]
+        assert encoding.decode(ids[start:]) == choice
+
+
+def test_a_tie_is_a_guess(encoding):
+    "An untrained model finds all tokens as likely: choices of as many tokens share the mark, whichever stands first."
+    fresh, item = GPT(config_of(encoding)).eval(), evaluate.Item("Q", ("a", "b", "c", "d"), 3)
+    scores = evaluate.score_choices(fresh, encoding, [item, replace(item, answer=0)])
+    assert evaluate.mark_choices(scores, [item, replace(item, answer=0)]).tolist() == [0.25, 0.25]
+
+
+ROWS = {
+    "hellaswag": {"ctx": "A cat", "endings": ["sits.", "flies.", "sings."], "label": "1", "activity_label": "Cats"},
+    "arc": {"id": "x", "question": {"stem": "Why?", "choices": [{"text": "so", "label": "A"}, {"text": "no", "label": "B"}]}, "answerKey": "B"},
+    "arc_hf": {"question": "Why?", "choices": {"text": ["so", "no"], "label": ["1", "2"]}, "answerKey": "2"},
+    "mmlu": {"question": "Why?", "choices": ["so", "no"], "answer": 1, "subject": "x"},
+    "open": {"question": "Why?", "answer": "no"},
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_known_format_is_read(tmp_path, kind):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff" + json.dumps(ROWS[kind]) + "\n\n", encoding="utf-8")
+    [item] = evaluate.read_questions(path)
+    assert item.choices[item.answer] == {"hellaswag": " flies.", "mmlu": " B"}.get(kind, " no")
+    assert item.context == {"hellaswag": "A cat", "mmlu": "Why?\nA. so\nB. no\nAnswer:"}.get(kind, "Question: Why?\nAnswer:")
+
+
+WRONG = [
+    ("hellaswag", dict(label=3), "label 3 names none of the 3 choices"), ("hellaswag", dict(label="-1"), "leave it out"),
+    ("hellaswag", dict(label=""), "names none"), ("hellaswag", dict(label=True), "names none"), ("hellaswag", dict(label=None), "names none"),
+    ("hellaswag", dict(endings="abc"), "'endings' holds \"abc\", not a list"), ("hellaswag", dict(endings=["a"]), "1 choices"),
+    ("hellaswag", dict(endings=["a", ""]), "isn't empty"), ("hellaswag", dict(endings=["a", 3]), "holds 3"), ("hellaswag", dict(ctx=4), "not text"),
+    ("arc", dict(answerKey="C"), "answerKey 'C' is not one of the labels A, B"), ("arc", dict(question={"stem": "Why?"}), "no field 'choices'"),
+    ("arc", dict(question={"stem": "Why?", "choices": ["so", "no"]}), "no field 'text'"), ("arc_hf", dict(choices={"text": ["so"], "label": ["1"]}), "1 choices"),
+    ("arc_hf", dict(choices={"text": ["so", "no"], "label": ["2", "2"]}), "not one of"), ("arc_hf", dict(question=None), "'question' holds null"),
+    ("mmlu", dict(answer=2), "answer 2 names none"), ("mmlu", dict(answer="E"), "answer 'E'"), ("mmlu", dict(choices=["a"] * 30, answer=0), "26 letters"),
+    ("mmlu", dict(answer=1.5), "names none"), ("open", dict(answer=" "), "empty"), ("open", dict(answer=5), "not text"), ("open", dict(question=5), "not text"),
+]
+
+
+@pytest.mark.parametrize("kind, change, words", WRONG)
+def test_a_wrong_row_is_one_line_with_file_and_line(tmp_path, kind, change, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[kind]) + "\n\n" + json.dumps(ROWS[kind] | change))
+    with pytest.raises(evaluate.QuestionError) as error: evaluate.read_questions(path)
+    assert str(error.value).startswith(f"{path}, line 3: ") and words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, field", [(kind, field) for kind, row in ROWS.items() for field in row if field not in ("id", "activity_label", "subject")])
+def test_a_missing_field_is_named(tmp_path, kind, field):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({name: value for name, value in ROWS[kind].items() if name != field}))
+    with pytest.raises(evaluate.QuestionError, match="line 1: (no field|an unknown format|field '(question|answer)')"): evaluate.read_questions(path)
+
+
+@pytest.mark.parametrize("data, words", [(b"", "no questions"), (b"\n \n", "no questions"), (b"{]", "line 1: not JSON"), (b'"a"', "a JSON object is needed"),
+                                         (b"\xff\xfe", "line 1: not UTF-8"), (b"[" * 100_000, "line 1: not JSON"), (b"{}", "unknown format")])
+def test_a_file_without_questions_is_refused(tmp_path, data, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(evaluate.QuestionError) as error: evaluate.read_questions(path)
+    assert words in str(error.value)
+    with pytest.raises(evaluate.QuestionError, match="no task"): evaluate.open_task(str(tmp_path / "none.jsonl"))
+    with pytest.raises(evaluate.QuestionError, match="directory"): evaluate.read_questions(tmp_path)
+
+
+# answers in words
+
+def test_written_answers_are_greedy_and_end_where_they_should(model, encoding):
+    with torch.no_grad():
+        ids = [encoding.eot_token, *encoding.encode_ordinary("The quick")]
+        for _ in range(20): ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    whole = encoding.decode(ids[1:], errors="replace").removeprefix("The quick").split("<|endoftext|>")[0]
+    assert evaluate.write_answer(model, encoding, "The quick", 20) == whole
+    end = whole[3:5]
+    assert evaluate.write_answer(model, encoding, "The quick", 20, until=("never there", end)) == whole[:whole.index(end)]
+    right = evaluate.Item("The quick", (whole.upper(),), 0, until=())
+    assert evaluate.mark_written(model, encoding, [right, replace(right, choices=("fox",))], max_tokens=20).tolist() == [1, 0]
+
+
+# intervals
+
+def test_intervals_cover_what_they_promise_for_ratios_too():
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(200):
+        num_bytes = rng.integers(50, 150, size=60)
+        e = evaluate.estimate(num_bytes * rng.gamma(4, 0.5, 60), num_bytes, resamples=500)
+        missed += not e.low <= 2.0 <= e.high
+    assert 2 <= missed <= 26  # 10 expected; percentile intervals of 60 items miss a little more
+
+
+def test_paired_intervals_are_narrow_where_items_are_hard_for_both():
+    rng = np.random.default_rng(0)
+    hard = rng.gamma(2, 1, 300)
+    a, b = hard + rng.normal(0, 0.1, 300), hard + 0.05 + rng.normal(0, 0.1, 300)
+    paired, apart = evaluate.difference(b, a), evaluate.difference(rng.permutation(b), a)
+    assert paired.low > 0 > apart.low and (apart.high - apart.low) > 5 * (paired.high - paired.low)
+    with pytest.raises(ValueError, match="300 items against 299"): evaluate.difference(a, b[1:])
+    with pytest.raises(ValueError, match="at least one item"): evaluate.bootstrap([])
+    assert (evaluate.bootstrap(a, seed=1) == evaluate.bootstrap(a, seed=1)).all() and (evaluate.bootstrap(a, seed=1) != evaluate.bootstrap(a, seed=2)).any()
+
+
+# the questions about Python
+
+def test_python_items_are_many_held_out_and_hard_to_guess():
+    from daisy.sft import python_questions
+    items = evaluate.python_items()
+    held, trained = ({q.answer for q in python_questions(split)} for split in ("val", "train"))
+    assert len(items) >= 200 and items == evaluate.python_items()
+    for item in items:
+        assert len(set(item.choices)) == 4 and set(item.choices) <= held and not set(item.choices) & trained
+        lengths = [len(choice) for choice in item.choices]
+        assert all(evaluate._is_near(n, lengths[item.answer]) for n in lengths)
+    rules = {name: marks.mean() for name, marks in evaluate.mark_rules(items).items()}
+    assert rules["chance"] == 0.25 and rules["shortest"] < 0.35 and rules["longest"] < 0.35
+    assert 0.25 < rules["most letters shared"] < 0.45  # drawn at random it would be 0.85
+
+
+# lm-eval
+
+TASK = """
+task: toy_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: " "
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+ROLLING = """
+task: toy_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+WRITTEN = """
+task: toy_written
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: generate_until
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 5}}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+@needs_harness
+def test_lm_eval_drives_a_model_without_a_network(tmp_path, monkeypatch, model, encoding):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"): monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    dice = random.Random(0)
+    words = "the quick brown fox join path components inserting daisies don't".split()
+    rows = [dict(question=" ".join(dice.choices(words, k=5)), choices=dice.sample(words, 3), answer=dice.randrange(3)) for _ in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks").mkdir()
+    for name, text in (("choice", TASK), ("rolling", ROLLING), ("written", WRITTEN)):
+        (tmp_path / "tasks" / f"toy_{name}.yaml").write_text(text.format(path=tmp_path / "rows.jsonl"))
+    found = lm_eval.simple_evaluate(evaluate.lm_eval_model(model, encoding), tasks=["toy_choice", "toy_rolling", "toy_written"], num_fewshot=0,
+                                    task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False))["results"]
+    items = [evaluate.Item(row["question"], tuple(" " + choice for choice in row["choices"]), row["answer"]) for row in rows]
+    scores = evaluate.score_choices(model, encoding, items)
+    assert found["toy_choice"]["acc,none"] == pytest.approx(evaluate.mark_choices(scores, items).mean())
+    score = evaluate.score_texts(model, encoding, [row["question"] for row in rows])
+    assert found["toy_rolling"]["bits_per_byte,none"] == pytest.approx(score.bits_per_byte, rel=1e-6)
+    assert found["toy_written"]["exact_match,none"] == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is here")
+def test_without_lm_eval_the_way_to_it_is_named(model, encoding):
+    with pytest.raises(ValueError, match=r"pip install 'daisy\[lm-eval\]'"): evaluate.lm_eval_model(model, encoding)
+
+
+# transformers
+
+SWITCHES = [
+    {}, dict(window_short=8), dict(window_short=8, window_long=20, window_pattern="SL"), dict(value_embeds=False, residual_gates=False, x0_gates=False),
+    dict(depth_skips=True), dict(depth_skips=True, num_layers=5, value_layers="0 1 -1"), dict(qk_norm=False), dict(logit_softcap=0.0), dict(tie_head=True),
+    dict(rope_fraction=0.5, rope_base=500.0), dict(smear=True), dict(backout=True), dict(attention_gate=True), dict(num_kv_heads=2),
+    dict(mlp_ratio=2, head_dim=8), dict(vocab_size=320),
+    dict(window_short=8, depth_skips=True, smear=True, backout=True, attention_gate=True, num_kv_heads=1, tie_head=True, vocab_size=310, rope_fraction=0.5),
+]
+
+
+def tokens_of(encoding, rows=2, length=48, seed=0):
+    "Rows of several documents."
+    tokens = torch.randint(encoding.n_vocab - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
+    tokens[:, 0] = tokens[0, 17] = tokens[1, 30] = encoding.eot_token
+    return tokens
+
+
+def exported(model, encoding, folder, **options):
+    from transformers import AutoModelForCausalLM
+    evaluate.export_model(model.config, model.state_dict(), encoding, folder, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not options.get("plain")).eval()
+
+
+@needs_transformers
+@pytest.mark.parametrize("changes", SWITCHES, ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()) or "default")
+def test_an_export_computes_what_daisy_computes(tmp_path, encoding, changes):
+    model = noisy_model(config_of(encoding, **changes))
+    theirs, tokens = exported(model, encoding, tmp_path / "out"), tokens_of(encoding)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=2e-4, rtol=2e-4)
+        loss = theirs(tokens, labels=tokens).loss
+        torch.testing.assert_close(loss, model(tokens[:, :-1], tokens[:, 1:].contiguous()), atol=1e-4, rtol=1e-4)
+
+
+@needs_transformers
+def test_long_range_blocks_are_exported(tmp_path, encoding):
+    model = noisy_model(config_of(encoding, window_short=16, window_long=32, long_every=2, max_seq_len=400))
+    theirs, tokens = exported(model, encoding, tmp_path / "out"), tokens_of(encoding, length=400)
+    tokens[:, 1:] = tokens[:, 1:].clamp(max=encoding.n_vocab - 2)  # one document, so that the blocks are in reach
+    with torch.no_grad():
+        without = noisy_model(replace(model.config, long_every=0))(tokens)
+        assert (without - model(tokens)).abs().max() > 1e-2
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=2e-4, rtol=2e-4)
+
+
+@needs_transformers
+def test_an_export_generates_alone_and_in_a_padded_batch(tmp_path, encoding, model):
+    from daisy.generate import Sampling, generate
+    theirs = exported(model, encoding, tmp_path / "out")
+    prompts = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in ("The quick brown", "Join")]
+    wanted = [list(generate(model, prompt, 12, Sampling(temperature=0.0), stop_id=encoding.eot_token)) for prompt in prompts]
+    for prompt, answer in zip(prompts, wanted):
+        got = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12, do_sample=False)
+        assert got[0, len(prompt):].tolist()[:len(answer)] == answer
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[encoding.eot_token] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    for row, answer in zip(theirs.generate(padded, attention_mask=mask, max_new_tokens=12, do_sample=False), wanted):
+        assert row[longest:].tolist()[:len(answer)] == answer
+
+
+@needs_transformers
+def test_padding_is_no_part_of_a_text_that_no_end_of_text_opens(tmp_path, encoding):
+    model = noisy_model(config_of(encoding, smear=True, window_short=8))
+    theirs, text = exported(model, encoding, tmp_path / "out"), torch.tensor([encoding.encode_ordinary("The quick brown fox")])
+    padded = torch.cat([torch.full((1, 7), encoding.eot_token), text], dim=1)
+    mask = torch.cat([torch.zeros(1, 7, dtype=torch.long), torch.ones_like(text)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(padded, attention_mask=mask).logits[:, 7:], model(text), atol=2e-4, rtol=2e-4)
+
+
+@needs_transformers
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=False), dict(tie_head=True), dict(num_kv_heads=2, mlp_ratio=3), dict(vocab_size=310, rope_base=700.0)], ids=str)
+def test_a_plain_model_is_a_standard_architecture(tmp_path, encoding, changes):
+    model = noisy_model(config_of(encoding, **evaluate.PLAIN_VALUES | changes))
+    theirs = exported(model, encoding, tmp_path / "out", plain=True)
+    assert type(theirs).__module__.startswith("transformers.models.") and not list((tmp_path / "out").glob("*.py"))
+    tokens = tokens_of(encoding)
+    tokens[:, 1:] = tokens[:, 1:].clamp(max=encoding.n_vocab - 2)  # one document: a standard model knows no others
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=3e-4, rtol=3e-4)
+    got = theirs.generate(tokens[:1, :8], attention_mask=torch.ones(1, 8, dtype=torch.long), max_new_tokens=6, do_sample=False)
+    with torch.no_grad(): assert got[0, 8].item() == model(tokens[:1, :8])[0, -1].argmax().item()
+
+
+@pytest.mark.parametrize("changes, word", [(dict(smear=True), "smear=True"), (dict(logit_softcap=15.0), "logit_softcap=15.0"), (dict(window_short=8), "windows below"),
+                                           (dict(head_dim=8), "head_dim 8"), (dict(rope_fraction=0.5), "rope_fraction")])
+def test_what_no_standard_architecture_has_is_named(encoding, changes, word):
+    config = config_of(encoding, **evaluate.PLAIN_VALUES | changes)
+    with pytest.raises(ValueError, match=word): evaluate.plain_model(config, GPT(config).state_dict())
+
+
+@needs_transformers
+def test_bfloat16_halves_the_file_and_stays_near(tmp_path, encoding, model):
+    theirs = exported(model, encoding, tmp_path / "half", dtype=torch.bfloat16)
+    evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "full")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "full")]
+    assert 0.45 < sizes[0] / sizes[1] < 0.6
+    with torch.no_grad(): difference = theirs.float()(tokens_of(encoding)).logits - model(tokens_of(encoding))
+    assert difference.abs().mean() < 0.1
+    with pytest.raises(ValueError, match="not an empty folder"):
+        evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "half")
+
+
+def random_texts(seed=0):
+    dice = random.Random(seed)
+    alphabets = ["abc ABC'  \n\t.,()_123", "".join(map(chr, range(32, 127))), "äöüßéñ 中文日本 🌼🚀\u200d\u0301 \u00a0\u2003", " \n\r\t\x0b\x0c\x1c\x1f\x85\u2028x-", "don't I'll we've '' s't"]
+    return ["".join(dice.choices(dice.choice(alphabets), k=dice.randrange(1, 60))) for _ in range(400)] + [TEXT, "", " " * 300, "a" * 300, "\n" * 50 + "x"]
+
+
+def assert_same_ids(encoding, folder):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in random_texts():
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == encoding.encode_ordinary(text), repr(text)
+        assert tokenizer(text)["input_ids"] == [encoding.eot_token, *encoding.encode_ordinary(text)]
+        assert tokenizer.decode(encoding.encode_ordinary(text), clean_up_tokenization_spaces=False) == text
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == encoding.eot_token and len(tokenizer) == encoding.n_vocab
+
+
+@needs_transformers
+def test_the_exported_tokenizer_gives_the_same_ids(tmp_path, encoding, model):
+    evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "out")
+    assert_same_ids(encoding, tmp_path / "out")
+
+
+@needs_transformers
+def test_gpt2s_too(tmp_path):
+    from daisy.tokens import EncodingError, gpt2_encoding
+    try:
+        encoding = gpt2_encoding()
+    except EncodingError as error:
+        pytest.skip(str(error))
+    config = config_of(encoding, num_layers=1, model_dim=8, num_heads=1, head_dim=8, value_embeds=False)
+    evaluate.export_model(config, GPT(config).state_dict(), encoding, tmp_path / "out")
+    assert_same_ids(encoding, tmp_path / "out")
+
+
+def test_an_export_without_safetensors_says_what_to_install(tmp_path, monkeypatch, encoding, model):
+    import sys
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match=r"pip install 'daisy\[hf\]'"): evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
