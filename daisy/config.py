@@ -114,10 +114,11 @@ class TrainConfig:
 
     Where help says "0 = ..." the derived value is filled in here, so nobody downstream needs to know the rule.
     """
-    corpus: str | None = _data("text to build the shards from if they are missing: python_docs, a file or a folder", None)
+    corpus: str | None = _data("what to build the shards from if they are missing: python_docs, a file or a folder; python_questions to fine-tune", None)
     train_files: str = _data("glob of the training shards", pattern=_PATH)
     val_files: str = _data("glob of the validation shards", pattern=_PATH)
     loader_mode: str = _data("pack: rows begin at documents; stream: every token once", "pack", choices=("pack", "stream"))
+    loss_on_prompt: bool = _data("score all tokens of shards that mark their responses, not only those", False)
     eos_token_id: int | None = _data("the token that begins a document; none = the encoding's last (50256 for GPT-2)", None, within="[0, inf)")
     begin_shard: int = _data("shard to begin with, from 1; wraps around", 1, within="[1, inf)")
 
@@ -145,7 +146,7 @@ class TrainConfig:
     sample_prompt: str = _run("text to continue after the last step; empty = none", "", free=True)
     sample_tokens: int = _run("tokens to continue it by", 100, within="[0, inf)", free=True)
     resume: str = _run("auto: go on with an unfinished run in checkpoint_dir; never: start afresh", "auto", choices=("auto", "never"), free=True)
-    init_checkpoint: str | None = _run("checkpoint to start from", None)
+    init_checkpoint: str | None = _run("checkpoint to start from: a file, or a folder for the newest in it", None)
     ignore_prior_schedule: bool = _run("take only the weights of init_checkpoint; steps and schedules begin at 0", False, alias="ignore_prior_steps")
     grad_clip: float = _run("largest norm of all gradients together; 0 = no clipping", 0.0, within="[0, inf)")
 
@@ -318,7 +319,11 @@ def parse_overrides(arguments: list[str]) -> dict:
 def _layers(path, overrides: list[str], read_saved: Callable[[str], dict] | None) -> dict[str, dict]:
     "What each source says, weakest first."
     from_yaml, from_command_line = read_yaml(path), parse_overrides(overrides)
-    checkpoint = (from_yaml | from_command_line).get("init_checkpoint")
+    given = from_yaml | from_command_line
+    checkpoint = given.get("init_checkpoint")
+    if given.get("ignore_prior_schedule") and not checkpoint:
+        raise ConfigError(f"{path}: ignore_prior_schedule takes the weights of a checkpoint, and none is named: add "
+                          "init_checkpoint=checkpoints/state_step_N.pt, or -p and the file after ./run.sh")
     saved = read_saved(checkpoint) if checkpoint and read_saved else {}
     # Only the model comes with the weights: rates and lengths belong to the run that is about to start.
     from_checkpoint = {name: value for name, value in saved.items()

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SHELL_HOOKS', 'SKIPPED_FOLDERS', 'PUBLIC_NAMES', 'C_MODULES', 'TEXT_SUFFIXES', 'SUFFIXES', 'MAX_DOCUMENT_MB',
            'CorpusError', 'Document', 'source_entries', 'object_entries', 'split_of', 'deduplicate', 'paragraphs',
-           'python_docs', 'read_text_files', 'read_jsonl', 'read_parquet', 'corpus_files', 'open_corpus']
+           'python_docs', 'read_text_files', 'read_jsonl', 'read_parquet', 'read_rows', 'corpus_files', 'open_corpus']
 
 # %% ../nbs/01_corpus.ipynb #2
 import ast
@@ -307,8 +307,8 @@ def read_text_files(path, max_document_mb=MAX_DOCUMENT_MB) -> Iterator[Document]
 
 
 # %% ../nbs/01_corpus.ipynb #71
-def _text_of_line(line, column, max_document_mb):
-    "The text in one line of JSON; a ValueError says what is wrong with it."
+def _row_of_line(line, max_document_mb):
+    "The object in one line of JSON; a ValueError says what is wrong with it."
     if len(line) > 4 * max_document_mb * 10**6: raise ValueError(f"a line of more than {4 * max_document_mb} MB")
     try:
         record = json.loads(line.decode("utf-8"))
@@ -317,6 +317,12 @@ def _text_of_line(line, column, max_document_mb):
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(record, dict): raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
+    return record
+
+
+def _text_of_line(line, column, max_document_mb):
+    "The text in one line of JSON; a ValueError says what is wrong with it."
+    record = _row_of_line(line, max_document_mb)
     if column not in record: raise ValueError(f"no column {column!r}; it has {', '.join(record) or 'none'}")
     text = record[column]
     if not isinstance(text, str): raise ValueError(f"column {column!r} holds {type(text).__name__}, not text")
@@ -389,6 +395,50 @@ def read_parquet(path, column="text", max_document_mb=MAX_DOCUMENT_MB) -> Iterat
         except ValueError as error:
             raise CorpusError(f"{file}, row {row}: {error}") from None
 
+
+# %% ../nbs/01_corpus.ipynb #m295674
+def _jsonl_rows(file, max_document_mb):
+    "(number, function that gives the row) of each line that isn't empty."
+    for number, line in enumerate(_lines(file, 4 * max_document_mb * 10**6), 1):
+        if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip(): yield number, lambda: _row_of_line(line, max_document_mb)
+
+
+def _parquet_rows(file):
+    "(number, function that gives the row) of each row."
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise CorpusError(f"{file}: reading Parquet needs pyarrow; pip install 'daisy[parquet]'") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+            for batch in table.iter_batches(batch_size=256, use_threads=False):
+                for number, row in enumerate(batch.to_pylist(), number + 1): yield number, lambda: row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{file}: {str(error).splitlines()[0]}; check the path, or fetch the file again") from None
+
+
+def read_rows(source, convert, max_bad=0, max_document_mb=MAX_DOCUMENT_MB) -> Iterator:
+    """What `convert(row)` makes of each row, a dict, of the .jsonl (also .gz, .zst) and .parquet files that `source` names.
+
+    Rows that can't be read, or that `convert` refuses with a ValueError, are counted: up to `max_bad` a file they are
+    skipped with one warning that gives their number and the first; one more raises CorpusError with file, row and reason.
+    """
+    for file in _files(source, (".jsonl", ".parquet")):
+        bad, first = 0, ""
+        rows = _parquet_rows(file) if _suffix(file) == ".parquet" else _jsonl_rows(file, max_document_mb)
+        for number, row in rows:
+            try:
+                converted = convert(row())
+            except ValueError as error:
+                bad, first = bad + 1, first or f"row {number}: {error}"
+                if bad > max_bad:
+                    raise CorpusError(f"{file}, row {number}: {error}; bad rows: {bad}, allowed: max_bad={max_bad}") from None
+                continue
+            yield converted
+        if bad: warnings.warn(f"{file}: {bad} bad rows skipped, the first is {first}", stacklevel=2)
 
 # %% ../nbs/01_corpus.ipynb #85
 def corpus_files(source) -> list[Path]:

@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['MODEL_CLASSES', 'COMPILED_WORDS', 'PRINT_CONFIG', 'TRAIN_USAGE', 'MOST_PROCESSES', 'DEFAULT_PROMPT',
-           'MAX_SAMPLE_TOKENS', 'TEMPLATE', 'X_LABELS', 'get_model_class', 'choose_device', 'join_run', 'prepare_data',
-           'run_encoding', 'choose_compilation', 'choose_compute_dtype', 'build_model', 'load_model', 'run_optimizers',
-           'run_schedule', 'restore', 'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts',
-           'print_continuation', 'Run', 'one_line_errors', 'first_to_say', 'read_run_config', 'train_main', 'train',
-           'processes_to_start', 'rendezvous_flags', 'launch_main', 'read_prompt', 'sample_main', 'metric_curves',
-           'plot_metrics', 'plot_main', 'bench_trainer', 'bench_run', 'bench_main']
+           'MAX_SAMPLE_TOKENS', 'X_LABELS', 'get_model_class', 'choose_device', 'join_run', 'starting_checkpoint',
+           'newest_checkpoint', 'prepare_data', 'run_encoding', 'choose_compilation', 'choose_compute_dtype',
+           'build_model', 'load_model', 'run_optimizers', 'run_schedule', 'restore', 'compressor_bits_per_byte',
+           'validation_text', 'describe', 'run_facts', 'print_continuation', 'Run', 'one_line_errors', 'first_to_say',
+           'read_run_config', 'train_main', 'train', 'processes_to_start', 'rendezvous_flags', 'launch_main',
+           'read_prompt', 'sample_main', 'metric_curves', 'plot_metrics', 'plot_main', 'bench_trainer', 'bench_run',
+           'bench_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -43,7 +44,8 @@ from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
 from .optim import build_optimizers, load_optimizer_state, take_step
 from .schedules import Schedule
-from .shards import build_corpus_shards, read_shard, shard_files, shard_length
+from .sft import QUESTIONS, TEMPLATE, build_sft_shards
+from .shards import build_corpus_shards, read_mask, read_shard, scored_tokens, shard_files, shard_length
 from .speed import append_row, bench_attention, bench_model, current_commit, machine_name, median_seconds, result_row
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
 from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics, summary_writer, tensorboard_log
@@ -81,11 +83,31 @@ def join_run(device_name: str) -> Ranks:
     return join_ranks(rank, world_size, device)
 
 # %% ../nbs/23_real_run.ipynb #11
+def starting_checkpoint(path) -> Path:
+    "The file that `init_checkpoint` names: itself, or the newest in a folder; ConfigError with what to type first where there is none."
+    path = Path(path or "checkpoints")
+    if path.suffix == ".pt" or path.is_file(): return path  # what is wrong with it shows when it is read
+    newest = latest_checkpoint(path) if path.is_dir() else None
+    if newest is None:
+        raise ConfigError(f"no checkpoint in {path} to start from: train one first, ./run.sh config/tiny.yml does, or name a file with -p")
+    return newest
+
+
+def newest_checkpoint(pattern: str = "checkpoints*") -> Path | None:
+    "The latest of all runs whose folders match, the one written last: of pretraining in checkpoints/, of fine-tuning in checkpoints_sft/."
+    found = [path for folder in Path().glob(pattern) if folder.is_dir() and (path := latest_checkpoint(folder))]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def prepare_data(config: TrainConfig) -> None:
     "Build the corpus that the config names into the folder of its shards, unless it is there already."
     folder = Path(config.train_files).parent
-    if not (folder / "manifest.json").exists():
-        print(f"building {config.corpus} shards in {folder} (once)")
+    if (folder / "manifest.json").exists(): return
+    print(f"building {config.corpus} shards in {folder} (once)")
+    if config.corpus == QUESTIONS:
+        encoding = encoding_from_json(load_checkpoint(starting_checkpoint(config.init_checkpoint))["encoding"])
+        build_sft_shards([QUESTIONS], folder, encoding)
+    else:
         build_corpus_shards(config.corpus, folder, vocab_size=config.vocab_size)
 
 
@@ -173,10 +195,11 @@ def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
-def validation_text(files: list[Path], encoding, max_tokens: int) -> bytes:
-    "The text that validation scores, as bytes; 0 for `max_tokens` is all of it."
-    tokens = [t for file in files for t in read_shard(file).tolist()][:max_tokens or None]
-    return b"".join(encoding.decode_single_token_bytes(t) for t in tokens if t != encoding.eot_token)
+def validation_text(files: list[Path], encoding, max_tokens: int, loss_on_prompt: bool = False) -> bytes:
+    "The text that validation scores, as bytes; 0 for `max_tokens` is all of it. Of shards with marks it is the responses."
+    marked = [(t, counts) for file in files for t, counts in zip(
+        read_shard(file).tolist(), scored_tokens(None if loss_on_prompt else read_mask(file), 0, shard_length(file)))][:max_tokens or None]
+    return b"".join(encoding.decode_single_token_bytes(t) for t, counts in marked if counts and t != encoding.eot_token)
 
 # %% ../nbs/23_real_run.ipynb #24
 def describe(config: TrainConfig, model: GPT, ranks: Ranks, compiled: str, rows: int, accumulation: int) -> str:
@@ -258,7 +281,7 @@ class Run:
         "Resume or start, train to the end and print the result; False where there was nothing left to do."
         config, progress = self.config, Progress()
         if config.init_checkpoint is not None:  # read first: a finished run's files are about to move
-            progress = self._load(config.init_checkpoint, only_weights=config.ignore_prior_schedule)
+            progress = self._load(starting_checkpoint(config.init_checkpoint), only_weights=config.ignore_prior_schedule)
             if progress.step >= config.num_iterations:
                 self._say(f"nothing left to do: {config.init_checkpoint} has done {progress.step:,} of {config.num_iterations:,} steps. "
                           "To fine-tune its weights on a fresh schedule, add --ignore-prior-schedule")
@@ -287,7 +310,7 @@ class Run:
         loader = TokenLoader(self.train_files, self.rows, config.max_seq_len, eos_id=self.eos_id, rank=self.ranks.rank,
                              world_size=self.ranks.world_size, mode=config.loader_mode, begin_shard=config.begin_shard,
                              position=progress.position, vocab_size=config.vocab_size,
-                             device=self.device)
+                             device=self.device, loss_on_prompt=config.loss_on_prompt)
         try:
             return self._trainer(loader, progress).train()
         finally:
@@ -295,7 +318,12 @@ class Run:
             self.saver.wait()  # the last snapshot may still be on its way to the disk
 
     def _load(self, path, only_weights: bool = False) -> Progress:
-        progress = restore(load_checkpoint(path), self.model, self.optimizers, only_weights)
+        saved = load_checkpoint(path)
+        if saved["encoding"] != encoding_to_json(self.encoding):
+            folder = Path(self.config.train_files).parent
+            raise ConfigError(f"{path} was trained with another encoding than the shards in {folder} were built with: build those with "
+                              "its encoding.json, or remove the folder where the config builds it")
+        progress = restore(saved, self.model, self.optimizers, only_weights)
         self._say(f"loaded {path}, " + ("weights only" if only_weights else f"at step {progress.step:,}"))
         return progress
 
@@ -324,7 +352,8 @@ class Run:
         config = self.config
         rows = max(1, self.rows * config.max_seq_len // config.val_seq_len)
         batches = validation_batches(self.val_files, rows, config.val_seq_len, max_tokens=config.val_tokens or None,
-                                     rank=self.ranks.rank, world_size=self.ranks.world_size, vocab_size=config.vocab_size)
+                                     rank=self.ranks.rank, world_size=self.ranks.world_size, vocab_size=config.vocab_size,
+                                     eos_id=self.eos_id, loss_on_prompt=config.loss_on_prompt)
         return evaluate(self.fast_model, batches, self.device, self.token_bytes, self.ranks)
 
     def snapshot(self, progress: Progress) -> Path:
@@ -345,7 +374,7 @@ class Run:
             print("\nthe model writes:")
             print_continuation(self.model.eval(), self.encoding, config.sample_prompt, config.sample_tokens, Sampling(), config.seed)
         print(f"\nvalidation: loss {evaluation.loss:.4f} nats a token over {evaluation.tokens:,} tokens")
-        text = validation_text(self.val_files, self.encoding, config.val_tokens)
+        text = validation_text(self.val_files, self.encoding, config.val_tokens, config.loss_on_prompt)
         if evaluation.bpb is not None and len(text) < 10_000_000:
             yardsticks = "".join(f", {name} {bits:.3f}" for name, bits in compressor_bits_per_byte(text).items())
             print(f"bits per byte: daisy {evaluation.bpb:.3f}{yardsticks}")
@@ -394,7 +423,7 @@ def read_run_config(path, overrides: list[str]) -> tuple[TrainConfig, dict[str, 
     "The run's config and where each key came from; the variable BEGIN_SHARD, which run.sh sets, counts as an override."
     if "BEGIN_SHARD" in os.environ and not any("begin_shard=" in override for override in overrides):
         overrides = [*overrides, f"begin_shard={os.environ['BEGIN_SHARD']}"]
-    read_saved = functools.cache(lambda checkpoint: load_checkpoint(checkpoint)["config"])
+    read_saved = functools.cache(lambda checkpoint: load_checkpoint(starting_checkpoint(checkpoint))["config"])
     return load_config(path, overrides, read_saved), config_sources(path, overrides, read_saved)
 
 
@@ -505,12 +534,11 @@ def launch_main(script: Path, argv: list[str] | None = None) -> int:
 # %% ../nbs/23_real_run.ipynb #42
 DEFAULT_PROMPT = "What does textwrap.dedent do?"
 MAX_SAMPLE_TOKENS = 1_000_000
-TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 
 
 def _sample_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sample.py", description="Continue a text with a trained model.")
-    parser.add_argument("checkpoint", nargs="?", help="checkpoint file; without it the latest in checkpoints/")
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint file; without it the latest in checkpoints*/")
     parser.add_argument("--prompt", help=f"the instruction, or the text to continue; default: standard input, or {DEFAULT_PROMPT!r}")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the instruction template")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -546,7 +574,7 @@ def sample_main(argv: list[str] | None = None) -> int:
             if (value := getattr(args, name)) is not None and not 1 <= value <= MAX_SAMPLE_TOKENS:
                 raise ValueError(f"--{name} {value} must be from 1 to {MAX_SAMPLE_TOKENS:,}")
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-        path = args.checkpoint or latest_checkpoint("checkpoints")
+        path = args.checkpoint or newest_checkpoint()
         if path is None:
             raise ValueError("no checkpoint in checkpoints/: train one with ./run.sh config/tiny.yml, or name a file")
         model, encoding = load_model(path, choose_device(args.device), args.max_seq_len)
