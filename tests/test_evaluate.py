@@ -119,19 +119,26 @@ def test_choices_are_scored_where_they_begin_to_differ(model, encoding):
     item = evaluate.Item("The quick", (" brown fox", " brown", "er fox", " daisies"), 0)
     [scores] = evaluate.score_choices(model, encoding, [item])
     context = [encoding.eot_token, *encoding.encode_ordinary(item.context)]
-    for choice, (total, per_byte, per_token) in zip(item.choices, scores):
+    for choice, (total, per_byte, per_token, gain) in zip(item.choices, scores):
         whole = [encoding.eot_token, *encoding.encode_ordinary(item.context + choice)]
-        start = evaluate.choice_spans(encoding, item)[0][1]
+        start = evaluate.choice_spans(encoding, item.context, item.choices)[0][1]
         assert whole[:start] == context[:start]
         assert total == pytest.approx(sum(nats_by_loop(model, whole, start)), rel=1e-5)
         assert per_byte == pytest.approx(total / len(choice)) and per_token == pytest.approx(total / (len(whole) - start))
+        assert np.isnan(gain)
 
 
-def test_separate_choices_keep_the_prompt_whole(model, encoding):
-    item = evaluate.Item("Response:\n", ("  def", "x"), 0, separate=True)
-    for (ids, start), choice in zip(evaluate.choice_spans(encoding, item), item.choices):
-        assert ids == [encoding.eot_token, *encoding.encode_ordinary(item.context), *encoding.encode_ordinary(choice)]
-        assert encoding.decode(ids[start:]) == choice
+def test_a_chat_is_scored_in_the_template_and_from_the_response_on(model, encoding):
+    from daisy.sft import encode_conversation, one_turn
+    item = evaluate.Item("Why?", ("  def", "x"), 0, blank="Say it.", chat=True)
+    [scores] = evaluate.score_choices(model, encoding, [item])
+    for choice, cost in zip(item.choices, scores):
+        totals = []
+        for prompt in (item.context, item.blank):
+            ids, start = encode_conversation(encoding, one_turn(prompt, choice))[0], len(encode_conversation(encoding, one_turn(prompt))[0])
+            assert encoding.decode(ids[start:]) == choice.strip() and "### Response:" in encoding.decode(ids[:start])
+            totals.append(sum(nats_by_loop(model, ids, start)))
+        assert cost[0] == pytest.approx(totals[0], rel=1e-5) and cost[3] == pytest.approx(totals[0] - totals[1], abs=1e-3)
 
 
 def test_a_tie_is_a_guess(encoding):
@@ -205,9 +212,10 @@ def test_written_answers_are_greedy_and_end_where_they_should(model, encoding):
         ids = [encoding.eot_token, *encoding.encode_ordinary("The quick")]
         for _ in range(20): ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
     whole = encoding.decode(ids[1:], errors="replace").removeprefix("The quick").split("<|endoftext|>")[0]
-    assert evaluate.write_answer(model, encoding, "The quick", 20) == whole
+    prompt = evaluate.prompt_ids(encoding, "The quick")
+    assert evaluate.write_answer(model, encoding, prompt, 20) == whole
     end = whole[3:5]
-    assert evaluate.write_answer(model, encoding, "The quick", 20, until=("never there", end)) == whole[:whole.index(end)]
+    assert evaluate.write_answer(model, encoding, prompt, 20, until=("never there", end)) == whole[:whole.index(end)]
     right = evaluate.Item("The quick", (whole.upper(),), 0, until=())
     assert evaluate.mark_written(model, encoding, [right, replace(right, choices=("fox",))], max_tokens=20).tolist() == [1, 0]
 
