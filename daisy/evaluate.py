@@ -467,7 +467,7 @@ def python_items() -> list[Item]:
     "`matched_items` of the held-out questions about Python: neither pretraining nor fine-tuning has seen question or answers."
     return matched_items(python_questions("val"))
 
-# %% ../nbs/19_evaluate.ipynb #c66b3db6
+# %% ../nbs/19_evaluate.ipynb #ef61ccd8
 @dataclass(frozen=True)
 class Task:
     "What is measured: texts for bits per byte, or items for accuracy."
@@ -518,10 +518,16 @@ def measure(model: GPT, encoding: tiktoken.Encoding, task: Task, written: bool =
     return results
 
 
-def _words(e: Estimate, metric: str, sign: str = "") -> str:
+def _words(e: Estimate, metric: str) -> str:
     "An estimate as a reader wants it: bits per byte, or percent."
-    if metric == "bpb": return f"{e.value:{sign}.4f} ({e.low:{sign}.4f} to {e.high:{sign}.4f})"
-    return f"{100 * e.value:{sign}.1f}% ({100 * e.low:{sign}.1f} to {100 * e.high:{sign}.1f})"
+    if metric == "bpb": return f"{e.value:.4f} ({e.low:.4f} to {e.high:.4f})"
+    return f"{100 * e.value:.1f}% ({100 * e.low:.1f} to {100 * e.high:.1f})"
+
+
+def _gained(e: Estimate, metric: str) -> str:
+    "A difference: in bits per byte, or in points."
+    if metric == "bpb": return f"{e.value:+.4f} ({e.low:+.4f} to {e.high:+.4f})"
+    return f"{100 * e.value:+.1f} points ({100 * e.low:+.1f} to {100 * e.high:+.1f})"
 
 
 def report(task: Task, results: dict[str, list[Result]]) -> str:
@@ -534,9 +540,10 @@ def report(task: Task, results: dict[str, list[Result]]) -> str:
         lines = [f"{task.name}: {len(task.items):,} questions" + (f"; without a model: {known}" if known else "")]
     first, width = next(iter(results)), max(map(len, results))
     for row, metric in enumerate(result.metric for result in results[first]):
-        lines.append(f"  {metric}, with 95% intervals")
+        gained = f", and what each gained on {first}" if len(results) > 1 else ""
+        lines.append(f"  {metric}, with 95% intervals{gained}")
         for name, some in results.items():
-            against = "" if name == first else f"   against the first {_words(some[row].minus(results[first][row]), metric, '+')}"
+            against = "" if name == first else f"   {_gained(some[row].minus(results[first][row]), metric)}"
             lines.append(f"    {name:{width}}  {_words(some[row].estimate(), metric)}{against}")
     return "\n".join(lines)
 

@@ -5,8 +5,8 @@ __all__ = ['MODEL_CLASSES', 'COMPILED_WORDS', 'PRINT_CONFIG', 'TRAIN_USAGE', 'MO
            'MAX_SAMPLE_TOKENS', 'EXPORT_TYPES', 'X_LABELS', 'get_model_class', 'choose_device', 'join_run',
            'starting_checkpoint', 'newest_checkpoint', 'prepare_data', 'run_encoding', 'choose_compilation',
            'choose_compute_dtype', 'build_model', 'load_model', 'run_optimizers', 'run_schedule', 'restore',
-           'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts', 'print_continuation', 'Run',
-           'one_line_errors', 'first_to_say', 'read_run_config', 'train_main', 'train', 'processes_to_start',
+           'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts', 'print_continuation', 'examine',
+           'Run', 'one_line_errors', 'first_to_say', 'read_run_config', 'train_main', 'train', 'processes_to_start',
            'rendezvous_flags', 'launch_main', 'read_prompt', 'sample_main', 'checkpoint_file', 'evaluation_rows',
            'evaluate_main', 'export_main', 'metric_curves', 'plot_metrics', 'plot_main', 'bench_trainer', 'bench_run',
            'bench_main']
@@ -40,6 +40,7 @@ from .config import (
     ConfigError, TrainConfig, accumulation_steps, config_help, config_sources, config_to_dict, config_to_yaml, load_config,
     parse_overrides, read_yaml)
 from .distributed import RankLost, Ranks, from_first, join_ranks, leave_ranks
+from .evaluate import Result, Task, export_model, measure, open_task, report
 from .generate import Sampling, generate, stream_text
 from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
@@ -235,6 +236,18 @@ def print_continuation(model: GPT, encoding, prompt: str, max_tokens: int, sampl
         print(text, end="", flush=True)
     print()
 
+# %% ../nbs/23_real_run.ipynb #e7a10011
+def examine(model: GPT, encoding, task: Task, written: bool = False, batch_tokens: int = 16_384) -> list[Result]:
+    "`measure` in the middle of anything: whatever attention kernel and mode the model is in stays as it was."
+    backend, was_training = model.backend, model.training
+    model.backend = "sdpa"
+    model.eval()
+    try:
+        return measure(model, encoding, task, written, batch_tokens)
+    finally:
+        model.backend = backend
+        model.train(was_training)
+
 # %% ../nbs/23_real_run.ipynb #26
 class Run:
     """One training run, wired together from its config: data, model, optimizers, schedule, trainer.
@@ -251,6 +264,7 @@ class Run:
         for file in (*self.train_files, *self.val_files):
             shard_length(file)  # a cut or foreign file is refused now, not at hour six
         if config.tensorboard: summary_writer()
+        self.task = open_task(config.eval_task) if config.eval_task else None
         self.encoding = run_encoding(config)
         self.eos_id = self.encoding.eot_token if config.eos_token_id is None else config.eos_token_id
         self.accumulation = accumulation_steps(config, self.ranks.world_size)
@@ -291,11 +305,18 @@ class Run:
         if resume_from is not None and str(resume_from) != config.init_checkpoint:
             progress = self._load(resume_from)
         self._say(describe(config, self.model, self.ranks, self.compiled, self.rows, self.accumulation))
+        answers = self._asked(progress)
         evaluation = self.fit(progress)
         if self.is_first:
             finish_run(self.directory)
             self._print_result(evaluation, progress)
+            if answers: print(f"\n{report(self.task, answers | self._asked(progress))}")
         return True
+
+    def _asked(self, progress: Progress) -> dict:
+        "What the model answers to the config's task at this step; nothing where there is none, or on ranks but the first."
+        if not (self.task and self.is_first): return {}
+        return {f"step {progress.step:,}": examine(self.model, self.encoding, self.task)}
 
     def _say(self, line: str) -> None:
         if self.is_first: print(line)
@@ -583,9 +604,6 @@ def sample_main(argv: list[str] | None = None) -> int:
         return 0
     return one_line_errors("sample.py", body)
 
-# %% ../nbs/23_real_run.ipynb #e7a10002
-from .evaluate import export_model, measure, open_task, report
-
 # %% ../nbs/23_real_run.ipynb #e7a10003
 def _evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="daisy-evaluate", description="Measure checkpoints on the same tasks, and compare each with the first.")
@@ -611,7 +629,7 @@ def checkpoint_file(path) -> Path:
     return found
 
 
-def evaluation_rows(task, results: dict, shapes: dict[str, dict]) -> list[dict]:
+def evaluation_rows(task: Task, results: dict[str, list[Result]], shapes: dict[str, dict]) -> list[dict]:
     "What `results/evaluate.jsonl` says of a task: a row for each checkpoint and metric, with the paired difference to the first checkpoint."
     rows, (first, *_) = [], results
     for name, some in results.items():
@@ -647,16 +665,16 @@ def evaluate_main(argv: list[str] | None = None) -> int:
         device = choose_device(args.device)
         paths = list(dict.fromkeys(map(checkpoint_file, args.checkpoints)))
         tasks = [open_task(spec, args.max_bytes, args.chat) for spec in dict.fromkeys(args.tasks)]
-        results, shapes = {task: {} for task in tasks}, {}
+        results, shapes = [{} for _ in tasks], {}
         for path in paths:
             name = f"{path.parent.name}/{path.stem}".lstrip("/")
             name = name if name not in shapes else str(path)
             model, encoding = load_model(path, device)
-            model.backend, shapes[name] = "sdpa", _shape(model)
-            for task in tasks: results[task][name] = measure(model, encoding, task, args.written, args.batch_tokens)
-        for task in tasks:
-            print(report(task, results[task]), flush=True)
-            for row in evaluation_rows(task, results[task], shapes) if args.out else []:
+            shapes[name] = _shape(model)
+            for task, some in zip(tasks, results): some[name] = examine(model, encoding, task, args.written, args.batch_tokens)
+        for task, some in zip(tasks, results):
+            print(report(task, some), flush=True)
+            for row in evaluation_rows(task, some, shapes) if args.out else []:
                 out = Path(args.out)
                 append_row(out / "evaluate.jsonl" if out.is_dir() else out, result_row(row.pop("name"), _repeatable("daisy-evaluate", argv), device, args.commit, **row))
         return 0
