@@ -467,7 +467,7 @@ def python_items() -> list[Item]:
     "`matched_items` of the held-out questions about Python: neither pretraining nor fine-tuning has seen question or answers."
     return matched_items(python_questions("val"))
 
-# %% ../nbs/19_evaluate.ipynb #ef61ccd8
+# %% ../nbs/19_evaluate.ipynb #866dd054
 @dataclass(frozen=True)
 class Task:
     "What is measured: texts for bits per byte, or items for accuracy."
@@ -494,6 +494,7 @@ def open_task(spec: str, max_bytes: int = 10_000_000, chat: bool = False) -> Tas
     "`python_questions`, `bpb:SOURCE` or a file of questions, asked in the template if `chat`; read and checked. ValueError for anything else."
     if spec == "python_questions": return Task(spec, items=tuple(python_items()))
     kind, _, source = spec.partition(":")
+    if spec == "bpb:": raise QuestionError("task 'bpb:' names no text: write bpb:FILE, a folder, a glob or shards")
     if kind == "bpb": return Task(spec, texts=tuple(read_texts(source, max_bytes)))
     if not Path(spec).is_file():
         raise QuestionError(f"no task {spec!r}: it must be python_questions, bpb:TEXT for bits per byte, or a file of questions in JSON lines")

@@ -106,6 +106,16 @@ def test_shards_become_text_again_for_models_of_another_vocabulary(tmp_path, enc
     assert evaluate.score_texts(model, encoding, first).num_bytes.sum() == 100
 
 
+def test_models_of_different_vocabularies_are_compared_piece_by_piece(encoding):
+    other = train_encoding([TEXT], vocab_size=260, name="other")
+    task = evaluate.Task("text", texts=(TEXT * 70, "short", TEXT * 80))
+    results = [evaluate.measure(GPT(config_of(enc)).eval(), enc, task)[0] for enc in (encoding, other)]
+    assert len(results[0].values) == len(results[1].values) and results[0].weights.sum() == results[1].weights.sum()
+    gained = results[1].minus(results[0])
+    assert gained.low <= gained.value <= gained.high and gained.value > 0  # fewer merges, more tokens, each log2 V bits
+    assert "bpb, with 95% intervals" in evaluate.report(task, {"a": results[:1], "b": results[1:]})
+
+
 def test_no_text_is_an_error(tmp_path, model, encoding):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="no text to score"): evaluate.read_texts(tmp_path / "empty.txt")
@@ -467,3 +477,111 @@ def test_an_export_without_safetensors_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match=r"pip install 'daisy\[hf\]'"): evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# the commands
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    "A folder with a run of two steps of a model of 257 tokens, and one of three steps of the same."
+    from daisy.real_run import train_main
+    from daisy.shards import build_corpus_shards
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "text").mkdir()
+    for i in range(40): (folder / "text" / f"{i}.txt").write_text(f"Document {i} says that {i} plus {i} is {2 * i}. " * 8)
+    build_corpus_shards(str(folder / "text"), folder / "data", vocab_size=257)
+    (folder / "run.yml").write_text(f"train_files: {folder}/data/train_*.bin\nval_files: {folder}/data/val_*.bin\nvocab_size: 257\nnum_layers: 2\n"
+                                    "num_heads: 2\nhead_dim: 8\nmodel_dim: 16\nwindow_short: 8\nnum_iterations: 2\nglobal_batch_size: 2\n"
+                                    f"max_seq_len: 32\nval_seq_len: 32\ndevice: cpu\nsample_tokens: 0\ncheckpoint_dir: {folder}/two\n")
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in list(ROWS.values())[:4] * 5))
+    assert train_main([str(folder / "run.yml")]) == 0
+    assert train_main([str(folder / "run.yml"), f"checkpoint_dir={folder}/three", "num_iterations=3", f"eval_task={folder}/rows.jsonl"]) == 0
+    return folder
+
+
+def test_a_run_asks_before_and_after(run_dir, capsys):
+    from daisy.real_run import train_main
+    assert train_main([str(run_dir / "run.yml"), f"checkpoint_dir={run_dir}/asked", f"eval_task={run_dir}/rows.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert f"{run_dir}/rows.jsonl: 20 questions; without a model: chance" in said and said.count("    step 0 ") == said.count("    step 2 ") == 3
+    assert train_main([str(run_dir / "run.yml"), f"checkpoint_dir={run_dir}/none", "eval_task=quiz.jsonl"]) == 1
+    assert "no task 'quiz.jsonl'" in capsys.readouterr().err and not (run_dir / "none").exists()
+
+
+def test_asking_changes_nothing_that_is_learned(run_dir):
+    from daisy.checkpoint import load_checkpoint
+    from daisy.real_run import train_main
+    assert train_main([str(run_dir / "run.yml"), f"checkpoint_dir={run_dir}/silent", "num_iterations=3"]) == 0
+    asked, silent = (load_checkpoint(run_dir / name / "state_step_3.pt")["model"] for name in ("three", "silent"))
+    assert all(torch.equal(asked[name], silent[name]) for name in asked)
+
+
+def test_the_report_and_the_rows(run_dir, tmp_path, capsys):
+    from daisy.real_run import evaluate_main
+    from daisy.speed import read_rows
+    tasks = [str(run_dir / "rows.jsonl"), f"bpb:{run_dir}/data/val_*.bin"]
+    command = [str(run_dir / "two"), str(run_dir / "three" / "state_step_3.pt"), "--tasks", *tasks, "--written", "--out", str(tmp_path)]
+    assert evaluate_main(command) == 0 and evaluate_main(command) == 0
+    said = capsys.readouterr().out
+    assert "two/state_step_2 " in said and "three/state_step_3 " in said and "points (" in said and "exact match" in said
+    rows = read_rows(tmp_path / "evaluate.jsonl")
+    assert len(rows) == 2 * 2 * 5 and [{**r, "date": 0} for r in rows[:10]] == [{**r, "date": 0} for r in rows[10:]], "the same each time"
+    first = rows[0]
+    assert first["task"] == tasks[0] and first["metric"] == "accuracy by sum" and first["n"] == 20 and first["name"] == "two/state_step_2"
+    assert "compared_with" not in first and next(r for r in rows if r["name"] == "three/state_step_3")["compared_with"] == "two/state_step_2"
+    bpb = [row for row in rows[:10] if row["metric"] == "bpb"]
+    assert len(bpb) == 2 and bpb[0]["interval"][0] <= bpb[0]["bpb"] <= bpb[0]["interval"][1] and bpb[0]["bytes"] > 100
+    assert bpb[1]["difference"] == pytest.approx(bpb[1]["bpb"] - bpb[0]["bpb"], abs=2e-4)
+    assert "--out" not in first["command"] and first["command"].startswith("daisy-evaluate")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["none.pt"], "no checkpoint at none.pt"), (["."], "no checkpoint at ."), (["{two}", "--tasks", "quiz"], "no task 'quiz'"), (["{two}", "--tasks", "bpb:"], "names no text"), (["{two}", "--tasks", "bpb:none.txt"], "no corpus"),
+    (["{two}", "--tasks", "bpb:none_*.bin"], "matches no file"), (["{rows}"], "not a usable checkpoint"), (["{two}", "--max_bytes", "0"], "must be 1 or more"),
+    (["{two}", "--device", "tpu"], "not known"),
+])
+def test_what_cannot_be_measured_is_one_line(run_dir, tmp_path, monkeypatch, capsys, words, said):
+    from daisy.real_run import evaluate_main
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_main([word.format(two=run_dir / "two", rows=run_dir / "rows.jsonl") for word in words]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_usage_errors_are_code_2(capsys):
+    from daisy.real_run import evaluate_main, export_main
+    assert evaluate_main([]) == 2 and export_main(["a"]) == 2 and evaluate_main(["--help"]) == 0 and export_main(["--help"]) == 0
+
+
+def test_chat_asks_in_the_template(run_dir):
+    [task, plain] = [evaluate.open_task(str(run_dir / "rows.jsonl"), chat=chat) for chat in (True, False)]
+    assert all(item.chat for item in task.items) and not any(item.chat for item in plain.items)
+
+
+@needs_transformers
+def test_a_checkpoint_is_exported_by_the_command(run_dir, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from daisy.real_run import export_main, load_model
+    assert export_main([str(run_dir / "three"), str(tmp_path / "out")]) == 0 and "trust_remote_code=True" in capsys.readouterr().out
+    model, encoding = load_model(run_dir / "three" / "state_step_3.pt", torch.device("cpu"))
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True), AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("Document 3 says", return_tensors="pt")
+    with torch.no_grad(): torch.testing.assert_close(theirs(**ids).logits, model(ids["input_ids"]), atol=1e-4, rtol=1e-4)
+    assert export_main([str(run_dir / "three"), str(tmp_path / "out")]) == 1 and "not an empty folder" in capsys.readouterr().err
+    assert export_main([str(run_dir / "three"), str(tmp_path / "plain"), "--plain"]) == 1
+    assert "no standard architecture has value_embeds=True" in capsys.readouterr().err and not (tmp_path / "plain").exists()
+
+
+@needs_transformers
+def test_an_export_loads_where_daisy_is_not_installed(tmp_path, encoding, model):
+    "In a process of its own that can't import daisy."
+    import subprocess
+    import sys
+    evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "out")
+    code = ("import sys; sys.modules['daisy'] = None\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True); t = AutoTokenizer.from_pretrained({str(tmp_path / 'out')!r})\n"
+            "print(t.decode(m.generate(**t('The quick', return_tensors='pt'), max_new_tokens=4, do_sample=False)[0]))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "The quick" in done.stdout, done.stderr
