@@ -263,7 +263,7 @@ def choice_spans(encoding: tiktoken.Encoding, context: str, choices: Iterable[st
     start = sum(1 for _ in agreed)
     return [(whole, start) for whole in wholes]
 
-# %% ../nbs/19_evaluate.ipynb #821d75bd
+# %% ../nbs/19_evaluate.ipynb #33b09296
 SCORES = ("sum", "byte", "token", "gain")
 
 
@@ -281,7 +281,7 @@ def score_choices(model: GPT, encoding: tiktoken.Encoding, questions: list[Item]
         each = [next(nats)[0].double() for _ in q.choices]
         total = np.array([part.sum().item() for part in each])
         alone = np.array([next(nats)[0].double().sum().item() for _ in q.choices]) if q.blank else np.nan
-        num_bytes, num_tokens = [len(choice.encode()) for choice in q.choices], [len(part) for part in each]
+        num_bytes, num_tokens = [max(1, len(choice.strip().encode())) for choice in q.choices], [len(part) for part in each]
         scores.append(np.stack([total, total / num_bytes, total / num_tokens, total - alone], axis=1))
     return scores
 
@@ -467,7 +467,7 @@ def python_items() -> list[Item]:
     "`matched_items` of the held-out questions about Python: neither pretraining nor fine-tuning has seen question or answers."
     return matched_items(python_questions("val"))
 
-# %% ../nbs/19_evaluate.ipynb #866dd054
+# %% ../nbs/19_evaluate.ipynb #9cb74add
 @dataclass(frozen=True)
 class Task:
     "What is measured: texts for bits per byte, or items for accuracy."
@@ -525,7 +525,7 @@ def _words(e: Estimate, metric: str) -> str:
     return f"{100 * e.value:.1f}% ({100 * e.low:.1f} to {100 * e.high:.1f})"
 
 
-def _gained(e: Estimate, metric: str) -> str:
+def _change(e: Estimate, metric: str) -> str:
     "A difference: in bits per byte, or in points."
     if metric == "bpb": return f"{e.value:+.4f} ({e.low:+.4f} to {e.high:+.4f})"
     return f"{100 * e.value:+.1f} points ({100 * e.low:+.1f} to {100 * e.high:+.1f})"
@@ -541,10 +541,10 @@ def report(task: Task, results: dict[str, list[Result]]) -> str:
         lines = [f"{task.name}: {len(task.items):,} questions" + (f"; without a model: {known}" if known else "")]
     first, width = next(iter(results)), max(map(len, results))
     for row, metric in enumerate(result.metric for result in results[first]):
-        gained = f", and what each gained on {first}" if len(results) > 1 else ""
-        lines.append(f"  {metric}, with 95% intervals{gained}")
+        change = f", and the change from {first}" if len(results) > 1 else ""
+        lines.append(f"  {metric}, with 95% intervals{change}")
         for name, some in results.items():
-            against = "" if name == first else f"   {_gained(some[row].minus(results[first][row]), metric)}"
+            against = "" if name == first else f"   {_change(some[row].minus(results[first][row]), metric)}"
             lines.append(f"    {name:{width}}  {_words(some[row].estimate(), metric)}{against}")
     return "\n".join(lines)
 

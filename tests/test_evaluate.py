@@ -134,7 +134,7 @@ def test_choices_are_scored_where_they_begin_to_differ(model, encoding):
         start = evaluate.choice_spans(encoding, item.context, item.choices)[0][1]
         assert whole[:start] == context[:start]
         assert total == pytest.approx(sum(nats_by_loop(model, whole, start)), rel=1e-5)
-        assert per_byte == pytest.approx(total / len(choice)) and per_token == pytest.approx(total / (len(whole) - start))
+        assert per_byte == pytest.approx(total / len(choice.strip())) and per_token == pytest.approx(total / (len(whole) - start))
         assert np.isnan(gain)
 
 
@@ -268,6 +268,21 @@ def test_python_items_are_many_held_out_and_hard_to_guess():
     assert 0.25 < rules["most letters shared"] < 0.45  # drawn at random it would be 0.85
 
 
+@pytest.mark.gpu
+def test_a_gpu_scores_as_the_cpu_does(encoding):
+    from daisy.real_run import examine
+    config = config_of(encoding, window_short=16)
+    fast = noisy_model(config).to("cuda")
+    fast.compute_dtype, fast.backend = torch.bfloat16, "flex"
+    task, items = evaluate.Task("text", texts=(TEXT * 30,)), [evaluate.Item("The quick", (" brown", " fox", " daisies grow here"), 0)]
+    [slow], [quick] = evaluate.measure(noisy_model(config), encoding, task), examine(fast, encoding, task)
+    assert fast.backend == "flex"
+    assert slow.estimate().value == pytest.approx(quick.estimate().value, rel=0.02)
+    fast.backend = "sdpa"
+    [slow], [quick] = evaluate.score_choices(noisy_model(config), encoding, items), evaluate.score_choices(fast, encoding, items)
+    np.testing.assert_allclose(slow, quick, rtol=0.05, atol=0.2)
+
+
 # lm-eval
 
 TASK = """
@@ -323,6 +338,7 @@ def test_lm_eval_drives_a_model_without_a_network(tmp_path, monkeypatch, model, 
     items = [evaluate.Item(row["question"], tuple(" " + choice for choice in row["choices"]), row["answer"]) for row in rows]
     scores = evaluate.score_choices(model, encoding, items)
     assert found["toy_choice"]["acc,none"] == pytest.approx(evaluate.mark_choices(scores, items).mean())
+    assert found["toy_choice"]["acc_norm,none"] == pytest.approx(evaluate.mark_choices(scores, items, "byte").mean())
     score = evaluate.score_texts(model, encoding, [row["question"] for row in rows])
     assert found["toy_rolling"]["bits_per_byte,none"] == pytest.approx(score.bits_per_byte, rel=1e-6)
     assert found["toy_written"]["exact_match,none"] == 0
