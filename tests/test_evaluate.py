@@ -477,6 +477,19 @@ def test_the_exported_tokenizer_gives_the_same_ids(tmp_path, encoding, model):
 
 
 @needs_transformers
+def test_the_exported_chat_template_is_that_of_fine_tuning(tmp_path, encoding, model):
+    from transformers import AutoTokenizer
+
+    from daisy.sft import encode_conversation, one_turn
+    evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "out")
+    tokenizer, asked = AutoTokenizer.from_pretrained(tmp_path / "out"), one_turn(" What does join do? ")
+    for messages in (asked, [{"role": "system", "content": "Be brief."}, *asked]):
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == encode_conversation(encoding, messages)[0]
+    several = [*one_turn("a b", "c"), *asked]
+    assert tokenizer.apply_chat_template(several, tokenize=False) == encoding.decode(encode_conversation(encoding, several)[0])
+
+
+@needs_transformers
 def test_gpt2s_too(tmp_path):
     from daisy.tokens import EncodingError, gpt2_encoding
     try:
