@@ -107,14 +107,18 @@ def _padded(rows: list[list[int]], padding: int, device) -> Tensor:
     longest = max(map(len, rows))
     return torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=device)
 
-# %% ../nbs/19_evaluate.ipynb #00180dd8
+# %% ../nbs/19_evaluate.ipynb #422ce3e9
 @torch.no_grad()
 def score_spans(model: GPT, spans: list[tuple[list[int], int]], batch_tokens: int = BATCH_TOKENS) -> list[tuple[Tensor, Tensor]]:
     """For each span (ids, start) the surprise in nats at ids[start:], each given all ids before it, and whether it was the likeliest.
 
     Two tensors on the CPU of the length of ids[start:]; start is at least 1. Logits exist for scored tokens alone, and
-    rows may be longer than training's: every layer looks back no further than its window. ValueError for NaN logits.
+    rows may be longer than training's: every layer looks back no further than its window. ValueError for NaN logits, and
+    for a row longer than both `batch_tokens` and max_seq_len.
     """
+    limit, longest = max(batch_tokens, model.config.max_seq_len), max((len(ids) - 1 for ids, _ in spans), default=0)
+    if longest > limit:
+        raise ValueError(f"a text of {longest:,} tokens is too long to read at once: at most {limit:,}; shorten it, or raise batch_tokens")
     rows, row_of = _rows_without_repeats([ids[:-1] for ids, _ in spans])
     readers, found = defaultdict(list), [None] * len(spans)
     for i, row in enumerate(row_of):

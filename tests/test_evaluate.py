@@ -56,13 +56,22 @@ def nats_by_loop(model, ids, start):
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
 def test_spans_in_any_batches_are_scored_as_one_by_one(model, encoding, batch_tokens):
     dice = random.Random(0)
-    base = [dice.randrange(256) for _ in range(60)]
-    spans = [([encoding.eot_token, *base[:dice.randrange(1, 60)], *[dice.randrange(256) for _ in range(dice.randrange(3))]], 0) for _ in range(12)]
+    base = [dice.randrange(256) for _ in range(45)]
+    spans = [([encoding.eot_token, *base[:dice.randrange(1, 45)], *[dice.randrange(256) for _ in range(dice.randrange(3))]], 0) for _ in range(12)]
     spans = [(ids, dice.randrange(1, len(ids))) for ids, _ in spans]
     for (ids, start), (nats, hits) in zip(spans, evaluate.score_spans(model, spans, batch_tokens), strict=True):
         torch.testing.assert_close(nats, torch.tensor(nats_by_loop(model, ids, start)), atol=2e-5, rtol=1e-5)
         with torch.no_grad(): likeliest = model(torch.tensor([ids]))[0].argmax(-1)
         assert hits.tolist() == [likeliest[i - 1].item() == ids[i] for i in range(start, len(ids))]
+
+
+def test_rows_may_be_longer_than_in_training_and_no_longer_than_memory(model, encoding):
+    [ids] = encode_documents(encoding, [TEXT * 3])
+    assert len(ids) > 2 * model.config.max_seq_len
+    [(nats, _)] = evaluate.score_spans(model, [(ids.tolist(), len(ids) - 4)])
+    torch.testing.assert_close(nats, torch.tensor(nats_by_loop(model, ids.tolist(), len(ids) - 4)), atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"too long to read at once: at most 50; shorten it, or raise batch_tokens"):
+        evaluate.score_spans(model, [(ids.tolist(), 5)], batch_tokens=50)
 
 
 def test_logits_that_are_not_numbers_are_refused(encoding):
