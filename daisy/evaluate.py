@@ -107,7 +107,7 @@ def _padded(rows: list[list[int]], padding: int, device) -> Tensor:
     longest = max(map(len, rows))
     return torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=device)
 
-# %% ../nbs/19_evaluate.ipynb #422ce3e9
+# %% ../nbs/19_evaluate.ipynb #0f6f1ab9
 @torch.no_grad()
 def score_spans(model: GPT, spans: list[tuple[list[int], int]], batch_tokens: int = BATCH_TOKENS) -> list[tuple[Tensor, Tensor]]:
     """For each span (ids, start) the surprise in nats at ids[start:], each given all ids before it, and whether it was the likeliest.
@@ -120,20 +120,18 @@ def score_spans(model: GPT, spans: list[tuple[list[int], int]], batch_tokens: in
     if longest > limit:
         raise ValueError(f"a text of {longest:,} tokens is too long to read at once: at most {limit:,}; shorten it, or raise batch_tokens")
     rows, row_of = _rows_without_repeats([ids[:-1] for ids, _ in spans])
-    readers, found = defaultdict(list), [None] * len(spans)
+    readers, found = defaultdict(list), {}
     for i, row in enumerate(row_of):
         readers[row].append(i)
     for batch in _batches([len(row) for row in rows], batch_tokens):
         x = model.hidden(_padded([rows[row] for row in batch], model.config.eos_token_id, model.embed.weight.device))  # (B, T, D)
-        wanted = [(line, i) for line, row in enumerate(batch) for i in readers[row]]
-        lines = [line for line, i in wanted for _ in spans[i][0][spans[i][1]:]]
-        places = [place for _, i in wanted for place in range(spans[i][1] - 1, len(spans[i][0]) - 1)]
-        targets = [token for _, i in wanted for token in spans[i][0][spans[i][1]:]]
-        lines, places, targets = torch.tensor([lines, places, targets], dtype=torch.long, device=x.device)
-        scores = _score_targets(model, x[lines, places], targets)
-        for (_, i), nats, hits in zip(wanted, *(part.split([len(spans[i][0]) - spans[i][1] for _, i in wanted]) for part in scores)):
-            found[i] = nats, hits
-    return found
+        read = [(line, i) for line, row in enumerate(batch) for i in readers[row]]
+        wanted = [(line, place, spans[i][0][place + 1]) for line, i in read for place in range(spans[i][1] - 1, len(spans[i][0]) - 1)]
+        lines, places, targets = torch.tensor(wanted, dtype=torch.long, device=x.device).view(-1, 3).unbind(dim=1)
+        sizes = [len(spans[i][0]) - spans[i][1] for _, i in read]
+        scores = (part.split(sizes) for part in _score_targets(model, x[lines, places], targets))
+        found |= zip((i for _, i in read), zip(*scores))
+    return [found[i] for i in range(len(spans))]
 
 
 def _score_targets(model: GPT, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +266,7 @@ def choice_spans(encoding: tiktoken.Encoding, context: str, choices: Iterable[st
     start = sum(1 for _ in agreed)
     return [(whole, start) for whole in wholes]
 
-# %% ../nbs/19_evaluate.ipynb #33b09296
+# %% ../nbs/19_evaluate.ipynb #a6d0a8c5
 SCORES = ("sum", "byte", "token", "gain")
 
 
@@ -278,7 +276,7 @@ def score_choices(model: GPT, encoding: tiktoken.Encoding, questions: list[Item]
     Its surprise after the context: the sum, and the sum per byte and per token; then how much less it is after the context
     than after the `blank`, NaN where the question has none.
     """
-    contexts = [(q, context) for q in questions for context in (q.context, q.blank) if context or context is q.context]
+    contexts = [(q, context) for q in questions for context in ([q.context, q.blank] if q.blank else [q.context])]
     spans = [choice_spans(encoding, context, q.choices, q.chat) for q, context in contexts]
     nats = iter(score_spans(model, [span for some in spans for span in some], batch_tokens))
     scores = []
@@ -319,7 +317,7 @@ def mark_rules(questions: list[Item]) -> dict[str, np.ndarray]:
     return {"chance": np.array([1 / len(q.choices) for q in questions]), "shortest": _marks(lengths, questions),
             "longest": _marks((-n for n in lengths), questions), "most letters shared": _marks(shared, questions)}
 
-# %% ../nbs/19_evaluate.ipynb #ef60c7c6
+# %% ../nbs/19_evaluate.ipynb #6ca9b024
 class QuestionError(ValueError):
     "A question that can't be read: one line with the file, its line, the value, the rule and the way out."
 
@@ -329,7 +327,8 @@ def _field(row: dict, name: str, kind: type):
     if name not in row:
         raise ValueError(f"no field {name!r}; it has {', '.join(map(str, row)) or 'none'}")
     if not isinstance(row[name], kind) or isinstance(row[name], bool):
-        raise ValueError(f"field {name!r} holds {json.dumps(row[name])[:40]}, not {'text' if kind is str else 'a list' if kind is list else kind.__name__}")
+        wanted = {str: "text", list: "a list"}.get(kind, "a label")
+        raise ValueError(f"field {name!r} holds {json.dumps(row[name])[:40]}, not {wanted}")
     return row[name]
 
 
@@ -344,8 +343,8 @@ def _texts(values: list, name: str) -> list[str]:
 
 def _number(label, count: int, name: str) -> int:
     "A label 0, '0' or 'A' as a number below `count`."
-    text = str(label).strip()
-    number = int(text) if text.isascii() and text.isdigit() else ord(text.upper()) - ord("A") if len(text) == 1 and text.isascii() and text.isalpha() else -1
+    text = str(label).strip().upper()
+    number = int(text) if re.fullmatch("[0-9]{1,3}", text) else string.ascii_uppercase.find(text) if len(text) == 1 else -1
     if isinstance(label, bool) or not 0 <= number < count:
         hint = "; files of test questions often leave it out" if text in ("", "-1") else ""
         raise ValueError(f"{name} {label!r} names none of the {count} choices: use 0 to {count - 1} or a letter{hint}")
@@ -379,7 +378,8 @@ def _mmlu(row: dict) -> Item:
     if len(choices) > 26: raise ValueError(f"{len(choices)} choices, and there are 26 letters")
     letters = string.ascii_uppercase[:len(choices)]
     listed = "\n".join(f"{letter}. {choice.strip()}" for letter, choice in zip(letters, choices))
-    return Item(f"{_field(row, 'question', str).strip()}\n{listed}\nAnswer:", tuple(f" {letter}" for letter in letters), _number(row["answer"], len(choices), "answer"))
+    answer = _number(row["answer"], len(choices), "answer")
+    return Item(f"{_field(row, 'question', str).strip()}\n{listed}\nAnswer:", tuple(f" {letter}" for letter in letters), answer)
 
 
 def _open(row: dict) -> Item:

@@ -160,6 +160,24 @@ def test_a_chat_is_scored_in_the_template_and_from_the_response_on(model, encodi
         assert cost[0] == pytest.approx(totals[0], rel=1e-5) and cost[3] == pytest.approx(totals[0] - totals[1], abs=1e-3)
 
 
+def test_an_empty_context_is_the_start_of_a_document(model, encoding):
+    items = [evaluate.Item("", ("The quick", "Join"), 0), evaluate.Item("The", (" quick", " fox"), 0)]
+    scores = evaluate.score_choices(model, encoding, items)
+    for item, some in zip(items, scores):
+        for choice, cost in zip(item.choices, some[:, 0]):
+            ids = [encoding.eot_token, *encoding.encode_ordinary(item.context + choice)]
+            start = evaluate.choice_spans(encoding, item.context, item.choices)[0][1]
+            assert cost == pytest.approx(sum(nats_by_loop(model, ids, start)), rel=1e-5)
+
+
+def test_questions_without_choices_are_answered_in_words_alone(tmp_path, model, encoding):
+    (tmp_path / "open.jsonl").write_text(json.dumps(ROWS["open"]))
+    task = evaluate.open_task(str(tmp_path / "open.jsonl"))
+    [result] = evaluate.measure(model, encoding, task)
+    assert result.metric == "exact match" and result.values.tolist() == [0]
+    assert evaluate.report(task, {"a": [result]}).splitlines()[0] == f"{tmp_path}/open.jsonl: 1 questions"
+
+
 def test_a_tie_is_a_guess(encoding):
     "An untrained model finds all tokens as likely: choices of as many tokens share the mark, whichever stands first."
     fresh, item = GPT(config_of(encoding)).eval(), evaluate.Item("Q", ("a", "b", "c", "d"), 3)
