@@ -31,6 +31,7 @@ setup(
             "daisy-sample=daisy.real_run:sample_main",
             "daisy-bench=daisy.real_run:bench_main",
             "daisy-build-shards=daisy.shards:main",
+            "daisy-build-sft-shards=daisy.sft:main",
             "daisy-evaluate=daisy.real_run:evaluate_main",
             "daisy-export=daisy.real_run:export_main",
             "daisy-plot=daisy.real_run:plot_main",

@@ -55,7 +55,7 @@ def _open_shard(file, seq_len, eos_id, mode, vocab_size, loss_on_prompt=False):
     "The ids of a shard, mapped, the offsets of its rows, and its marks if it has any and they count."
     tokens = read_shard(file, vocab_size).view(np.ndarray)    # slicing a plain array is several times faster
     starts = document_starts(tokens, eos_id) if mode == "pack" else ()
-    return tokens, plan_rows(len(tokens), starts, seq_len, mode), None if loss_on_prompt else read_mask(file)
+    return tokens, plan_rows(len(tokens), starts, seq_len, mode), None if loss_on_prompt else read_mask(file, len(tokens))
 
 
 def _opened_shards(files, first, *how):
@@ -308,7 +308,8 @@ def _validation_rows(files, seq_len, max_tokens, vocab_size, loss_on_prompt=Fals
     for file in files:
         if left <= 0:
             return
-        tokens, mask = read_shard(file, vocab_size).view(np.ndarray), None if loss_on_prompt else read_mask(file)
+        tokens = read_shard(file, vocab_size).view(np.ndarray)
+        mask = None if loss_on_prompt else read_mask(file, len(tokens))
         for start in range(0, len(tokens) - 1, seq_len):
             count = int(min(seq_len, len(tokens) - 1 - start, left))
             if count <= 0:

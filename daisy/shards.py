@@ -196,12 +196,13 @@ def document_starts(tokens, eos_id, chunk_tokens=1 << 22) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
 # %% ../nbs/03_shards.ipynb #m689190
-def read_mask(path) -> np.memmap | None:
+def read_mask(path, num_tokens=None) -> np.memmap | None:
     """Map the marks of the shard `path`: bytes with a bit a token, set where training scores it; None if all count.
 
-    Raises `ShardError` as `shard_length` does, and for marks on nothing or beyond the last token.
+    `num_tokens`, where it is known, spares a look at the header. Raises `ShardError` as `shard_length` does, and for
+    marks on nothing or beyond the last token.
     """
-    num_tokens = shard_length(path)
+    if num_tokens is None: num_tokens = shard_length(path)
     marks_begin = HEADER_BYTES + 2 * num_tokens
     if os.path.getsize(path) == marks_begin: return None
     mask = np.memmap(path, dtype=np.uint8, mode="r", offset=marks_begin, shape=(mask_length(num_tokens),))

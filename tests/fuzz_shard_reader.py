@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from daisy import shards
-from daisy.shards import HEADER_BYTES, MAGIC, VERSION, ShardError
+from daisy.shards import HEADER_BYTES, MAGIC, MASKED_VERSION, VERSION, ShardError
 
 FOLDER = tempfile.TemporaryDirectory()
 PATH = Path(FOLDER.name) / "fuzzed.bin"
@@ -31,8 +31,16 @@ def test_one_input(data: bytes):
         except ShardError as error:
             assert "\n" not in str(error) and PATH.name in str(error), error
             continue
-        assert struct.unpack("<3i", data[:12]) == (MAGIC, VERSION, len(tokens)) and len(tokens) == shards.shard_length(PATH) > 0
-        assert tokens.tobytes() == data[HEADER_BYTES:] and not tokens.flags.writeable
+        magic, version, num_tokens = struct.unpack("<3i", data[:12])
+        assert (magic, num_tokens) == (MAGIC, len(tokens)) and version in (VERSION, MASKED_VERSION) and len(tokens) == shards.shard_length(PATH) > 0
+        bits = (len(tokens) + 7) // 8 * (version == MASKED_VERSION)
+        assert tokens.tobytes() == data[HEADER_BYTES:HEADER_BYTES + 2 * len(tokens)] and not tokens.flags.writeable
+        assert len(data) == HEADER_BYTES + 2 * len(tokens) + bits
+        try:
+            mask = shards.read_mask(PATH)
+            assert (mask is None) == (bits == 0) and shards.scored_tokens(mask, 0, len(tokens)).any()
+        except ShardError as error:
+            assert "\n" not in str(error) and PATH.name in str(error), error
         assert vocab_size is None or tokens.max() < vocab_size
         assert len(shards.document_starts(tokens, 0)) == np.count_nonzero(tokens == 0)
 
@@ -41,9 +49,10 @@ def mutated(rng: random.Random) -> bytes:
     "A good shard with some of its bytes changed, its counts shifted, its ends cut or stretched, or no shard at all."
     if rng.random() < 0.05: return rng.randbytes(rng.choice([0, 1, 11, 12, 1023, 1024, 1025, 1500]))
     num_tokens = rng.randrange(0, 40)
-    ints = [MAGIC, VERSION, num_tokens]
+    version = rng.choice([VERSION, MASKED_VERSION])
+    ints = [MAGIC, version, num_tokens]
     if rng.random() < 0.5: ints[rng.randrange(3)] = rng.choice([rng.randrange(-2**31, 2**31), num_tokens + rng.randint(-2, 2), 0, 2**31 - 1, -1])
-    data = bytearray(struct.pack("<3i", *ints).ljust(HEADER_BYTES, b"\0") + rng.randbytes(2 * num_tokens))
+    data = bytearray(struct.pack("<3i", *ints).ljust(HEADER_BYTES, b"\0") + rng.randbytes(2 * num_tokens + (num_tokens + 7) // 8 * (version == MASKED_VERSION)))
     for _ in range(rng.choice([0, 0, 1, 3])): data[rng.randrange(len(data))] = rng.randrange(256)
     cut = rng.choice([0, 0, 0, 1, 2, 3, rng.randrange(len(data) + 1)])
     return bytes(data[:len(data) - cut]) + rng.randbytes(rng.choice([0, 0, 0, 1, 2]))

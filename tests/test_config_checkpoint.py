@@ -177,7 +177,9 @@ CONFIGS = sorted((Path(__file__).parent.parent / "config").glob("*.yml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_its_batch_comes_out_even(path):
-    config = load_config(path)
+    tuned = {"instruct_sft": "pretrain_350m", "instruct_sft_1.6B": "pretrain_1.6B", "tiny_sft": "tiny"}.get(path.stem)  # from its checkpoint
+    config = load_config(path) if tuned is None else load_config(
+        path, ["init_checkpoint=c.pt"], lambda checkpoint: config_to_dict(load_config(path.with_name(f"{tuned}.yml"))))
     for world_size in (1,) if config.corpus else (1, 2, 4, 8):
         rows = config.global_batch_size // (world_size * accumulation_steps(config, world_size))
         assert rows * config.max_seq_len <= 65_536, "more tokens at a time than 80 GB hold"

@@ -1,4 +1,4 @@
-"""What training promises its users, each promise with the tests that hold it."""
+"""What training and fine-tuning promise their users, each promise with the tests that hold it."""
 import ast
 from pathlib import Path
 
@@ -39,6 +39,22 @@ PROMISES = {
     "progress in a bar, in lines, in a log, in TensorBoard, in a picture": "trainer: in_a_log_there_are_lines_and_no_blanks, a_terminal_gets_a_bar, "
         "mfu_is_logged_only_where_the_peak_is_known, peaks_of_gpus, a_log_survives_what_a_kill_leaves; real_run: log_and_checkpoint_say_what_made_them, "
         "tensorboard_draws_what_is_logged_and_is_asked_for_by_name, runs_are_drawn_over_each_other",
+    "shards for fine-tuning from files, the hub and Python itself, by weight to a budget, the same for the same sources": "sft: "
+        "every_conversation_is_in_one_split_once, any_format_gives_the_same_bytes, messages_in_parquet_are_read_as_they_are_nested, "
+        "the_order_of_rows_makes_no_difference_and_the_seed_does, weights_divide_the_budget, a_budget_bounds_what_is_held, "
+        "shares_add_up_and_keep_the_weights, a_bad_row_is_named_or_skipped_and_counted, what_cannot_be_built_is_one_line, "
+        "a_build_that_fails_leaves_the_old_one, shards_of_others_are_not_touched, the_command_is_the_same_in_every_process, "
+        "the_command_says_in_one_line_what_is_wrong, a_data_set_of_the_hub_by_its_name, a_hub_that_answers_nonsense_is_one_line, "
+        "a_data_set_that_the_hub_lacks_and_no_hub_at_all, held_out_questions_are_in_no_training_text, "
+        "the_shards_of_questions_hold_the_split_of_the_documents, wrong_answers_are_of_other_questions",
+    "one template and END_OF_TEXT behind every response; loss on responses, or on all with loss_on_prompt": "sft: "
+        "exactly_the_responses_are_scored, one_turn_is_the_template_in_any_vocabulary, what_is_no_conversation_is_one_line, "
+        "decoding_stops_where_training_stopped, marks_round_trip_and_the_ids_stay_where_they_were, a_marked_shard_cut_anywhere_is_refused, "
+        "marks_that_fit_nothing_are_not_written, a_reader_of_the_first_version_refuses_marked_shards, only_marked_targets_count_on_any_ranks, "
+        "marked_batches_go_on_from_a_position, validation_scores_every_response_token_and_every_end_once, loss_on_prompt_scores_everything",
+    "fine-tuning reuses model and trainer, starts from a checkpoint and really trains": "sft: pretrain_fine_tune_ask, "
+        "the_newest_checkpoint_of_all_folders_is_sampled, without_a_checkpoint_one_line_says_what_to_type, "
+        "instruct_configs_train_on_shards_of_ones_own, a_checkpoint_of_another_vocabulary_is_one_line",
     "a loss that is no number stops the run and overwrites nothing": "trainer: a_bad_loss_is_named_and_no_snapshot_follows, "
         "a_bad_gradient_under_a_good_loss_is_noticed_before_it_is_saved, a_bad_validation_is_noticed_before_it_is_saved; real_run: a_shard_that_vanishes_is_named",
 }

@@ -253,7 +253,7 @@ WRONG = {
     "empty": (b"", "empty"),
     "half a header": (shard_bytes([1])[:500], "less than the header's"),
     "magic": (shard_bytes([1, 2], magic=7), "begins with 7"),
-    "version": (shard_bytes([1, 2], version=2), "version 2"),
+    "version": (shard_bytes([1, 2], version=3), "version 3"),
     "header counts more": (shard_bytes([1, 2], count=3), "cut short"),
     "header counts less": (shard_bytes([1, 2], count=1), "too long"),
     "odd": (shard_bytes([1, 2])[:-1], "odd number"),

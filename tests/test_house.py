@@ -257,7 +257,7 @@ def test_scripts_are_executable_and_parse(name):
 
 
 def test_root_scripts_only_call_the_package():
-    for name in ("train.py", "launch.py", "sample.py"):
+    for name in ("train.py", "launch.py", "sample.py", "build_sft_shards.py"):
         docstring, *body = ast.parse((ROOT / name).read_text(encoding="utf-8")).body
         assert [type(node) for node in body] == [ast.Import, ast.ImportFrom, ast.If]
 

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from daisy import loader, shards
 from daisy.corpus import Document
 from daisy.loader import IGNORE, TokenLoader, plan_rows, validation_batches
-from daisy.shards import (HEADER_BYTES, MAGIC, VERSION, ShardError, build_corpus_shards, build_shards, document_starts,
-                          main, read_shard, shard_files, shard_length, write_shard)
+from daisy.shards import (HEADER_BYTES, MAGIC, MASKED_VERSION, VERSION, ShardError, build_corpus_shards, build_shards,
+                          document_starts, main, read_mask, read_shard, shard_files, shard_length, write_shard)
 from daisy.tokens import train_encoding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +101,15 @@ def test_any_bytes_are_read_or_refused(data):
         except ShardError as error:
             assert "fuzzed.bin" in str(error) and "\n" not in str(error)
         else:
-            assert data[HEADER_BYTES:] == tokens.tobytes() and len(tokens) > 0
+            bits = (len(tokens) + 7) // 8 if data[4] == MASKED_VERSION else 0  # a bit a token may follow, see test_sft.py
+            assert data[HEADER_BYTES:HEADER_BYTES + 2 * len(tokens)] == tokens.tobytes() and len(tokens) > 0
+            assert len(data) == HEADER_BYTES + 2 * len(tokens) + bits
+            try:
+                mask = read_mask(path)
+            except ShardError as error:
+                assert "fuzzed.bin" in str(error) and "\n" not in str(error)
+            else:
+                assert (mask is None) == (bits == 0)
 
 
 @pytest.mark.parametrize("cut", [*range(0, 12), 500, HEADER_BYTES - 1, *range(HEADER_BYTES, HEADER_BYTES + 12)])
