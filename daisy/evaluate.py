@@ -793,7 +793,7 @@ class DaisyForCausalLM(PreTrainedModel, GenerationMixin):
         return masks
 '''
 
-# %% ../nbs/19_evaluate.ipynb #00ad82d3
+# %% ../nbs/19_evaluate.ipynb #bcdb2d99
 PLAIN_VALUES = dict(value_embeds=False, residual_gates=False, x0_gates=False, depth_skips=False, smear=False, backout=False,
                     attention_gate=False, long_every=0, logit_softcap=0.0, rope_fraction=1.0)
 
@@ -864,6 +864,7 @@ def export_model(config: GPTConfig, state: dict[str, Tensor], encoding: tiktoken
     `plain` makes it a standard architecture, which needs no trust. ValueError for a folder that isn't empty, without
     safetensors, or for switches that `plain` can't have.
     """
+    values, weights = (plain_model if plain else carried_model)(config, state)
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -871,7 +872,6 @@ def export_model(config: GPTConfig, state: dict[str, Tensor], encoding: tiktoken
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: name a new one, so that nothing is written over")
-    values, weights = (plain_model if plain else carried_model)(config, state)
     eos = encoding.eot_token
     special = dict(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos)
     files = {"config.json": values | special | dict(dtype=str(dtype).removeprefix("torch.")),
