@@ -183,6 +183,7 @@ def shard_files(pattern) -> list[Path]:
     if not files:
         folder = os.path.dirname(str(pattern)) or "."
         way_out = "`python data/cached_fineweb100B.py` downloads FineWeb's" if "fineweb" in str(pattern) else \
+            f"`python build_sft_shards.py --source SOURCE --out-dir {folder}` builds shards there" if "sft" in Path(folder).name else \
             f"`daisy-build-shards SOURCE {folder}` builds shards there"
         raise ShardError(f"{pattern}: matches no file; {way_out}")
     return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part

@@ -53,7 +53,7 @@ PROMISES = {
         "marks_that_fit_nothing_are_not_written, a_reader_of_the_first_version_refuses_marked_shards, only_marked_targets_count_on_any_ranks, "
         "marked_batches_go_on_from_a_position, validation_scores_every_response_token_and_every_end_once, loss_on_prompt_scores_everything",
     "fine-tuning reuses model and trainer, starts from a checkpoint and really trains": "sft: pretrain_fine_tune_ask, "
-        "the_newest_checkpoint_of_all_folders_is_sampled, without_a_checkpoint_one_line_says_what_to_type, "
+        "the_newest_checkpoint_of_all_folders_is_sampled, without_a_checkpoint_one_line_says_what_to_type, without_shards_one_line_names_the_builder, "
         "instruct_configs_train_on_shards_of_ones_own, a_checkpoint_of_another_vocabulary_is_one_line",
     "a loss that is no number stops the run and overwrites nothing": "trainer: a_bad_loss_is_named_and_no_snapshot_follows, "
         "a_bad_gradient_under_a_good_loss_is_noticed_before_it_is_saved, a_bad_validation_is_noticed_before_it_is_saved; real_run: a_shard_that_vanishes_is_named",

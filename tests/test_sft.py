@@ -224,6 +224,19 @@ def test_marked_batches_go_on_from_a_position(tmp_path):
     assert first + second == whole and any(IGNORE in row for row in whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_marked_batches_on_a_gpu_are_the_same(tmp_path, prefetch):
+    marked_shard(tmp_path / "a.bin", [(2, 3, 1, 2), (1, 4, 0, 0)] * 9, base=1)
+    here, there = (TokenLoader([tmp_path / "a.bin"], 2, 6, eos_id=EOS, device=device, prefetch=prefetch) for device in ("cpu", "cuda"))
+    for _ in range(12):
+        one, two = next(here), next(there)
+        assert two.inputs.is_cuda and torch.equal(one.inputs, two.inputs.cpu()) and torch.equal(one.targets, two.targets.cpu())
+        assert two.inputs.is_contiguous() and two.targets.is_contiguous() and two.targets.dtype == torch.int64
+    here.close(); there.close()
+
+
 @settings(max_examples=30, deadline=None)
 @given(conversations=st.lists(conversation, min_size=1, max_size=8), seq_len=st.integers(1, 12), world_size=st.integers(1, 3))
 def test_validation_scores_every_response_token_and_every_end_once(conversations, seq_len, world_size):
@@ -550,6 +563,7 @@ def test_held_out_questions_are_in_no_training_text():
     "Neither in the shards of pretraining nor in those of fine-tuning, with the defaults of both."
     from daisy.corpus import python_docs, split_of
     train, held_out = python_questions("train"), python_questions("val")
+    assert held_out == python_questions("val") != python_questions("val", seed=1)
     assert len(held_out) >= (200 if sys.version_info[:2] == (3, 11) else 100)
     text = "\n".join(" ".join(document.text.lower().split()) for document in python_docs() if split_of(document.text, 0.05) == "train")
     tuned = {" ".join(question.answer.lower().split()).rstrip(".") for question in train}
@@ -640,6 +654,14 @@ def test_without_a_checkpoint_one_line_says_what_to_type(trained, tmp_path, monk
     assert train_main(line) == 1
     said = capsys.readouterr().err.strip()
     assert reason in said and "\n" not in said and not list(tmp_path.glob("checkpoints*")) and not (tmp_path / "data").exists()
+
+
+def test_without_shards_one_line_names_the_builder(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    assert train_main(["config/instruct_sft.yml", f"init_checkpoint={latest_checkpoint(trained / 'checkpoints')}"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "build_sft_shards.py --source SOURCE --out-dir data/sft" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["instruct_sft", "instruct_sft_1.6B"])
