@@ -22,7 +22,8 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["daisy", "daisy.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "parquet": ["pyarrow>=14"], "zst": ["zstandard>=0.22"], "tensorboard": ["tensorboard>=2.14"], "flash": ["flash-attn-4[cu13]>=4.0.0b36"], "browser": ["playwright>=1.40"]},
+    extras_require={"dev": cfg["dev_requirements"].split(), "parquet": ["pyarrow>=14"], "zst": ["zstandard>=0.22"], "tensorboard": ["tensorboard>=2.14"], "flash": ["flash-attn-4[cu13]>=4.0.0b36"], "browser": ["playwright>=1.40"],
+                    "hf": ["transformers>=5", "safetensors>=0.4"], "lm-eval": ["lm-eval>=0.4.9"]},
     entry_points={
         "nbdev": ["daisy=daisy._modidx:d"],
         "console_scripts": [
@@ -31,6 +32,8 @@ setup(
             "daisy-bench=daisy.real_run:bench_main",
             "daisy-build-shards=daisy.shards:main",
             "daisy-build-sft-shards=daisy.sft:main",
+            "daisy-evaluate=daisy.real_run:evaluate_main",
+            "daisy-export=daisy.real_run:export_main",
             "daisy-plot=daisy.real_run:plot_main",
             "daisy-run-lessons=daisy.lesson:main",
         ],

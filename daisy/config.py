@@ -146,6 +146,7 @@ class TrainConfig:
     tensorboard: bool = _run("draw the log for TensorBoard too, in checkpoint_dir", False, free=True)
     sample_prompt: str = _run("text to continue after the last step; empty = none", "", free=True)
     sample_tokens: int = _run("tokens to continue it by", 100, within="[0, inf)", free=True)
+    eval_task: str = _run("what to ask the model before the first and after the last step, as daisy-evaluate does: python_questions or a file; empty = nothing", "", free=True)
     resume: str = _run("auto: go on with an unfinished run in checkpoint_dir; never: start afresh", "auto", choices=("auto", "never"), free=True)
     init_checkpoint: str | None = _run("checkpoint to start from: a file, or a folder for the newest in it", None)
     ignore_prior_schedule: bool = _run("take only the weights of init_checkpoint; steps and schedules begin at 0", False, alias="ignore_prior_steps")

@@ -2,14 +2,15 @@
 
 # %% auto #0
 __all__ = ['MODEL_CLASSES', 'COMPILED_WORDS', 'PRINT_CONFIG', 'TRAIN_USAGE', 'MOST_PROCESSES', 'DEFAULT_PROMPT',
-           'MAX_SAMPLE_TOKENS', 'X_LABELS', 'get_model_class', 'choose_device', 'join_run', 'starting_checkpoint',
-           'newest_checkpoint', 'prepare_data', 'run_encoding', 'choose_compilation', 'choose_compute_dtype',
-           'build_model', 'load_model', 'run_optimizers', 'run_schedule', 'restore', 'compressor_bits_per_byte',
-           'validation_text', 'describe', 'run_facts', 'print_continuation', 'print_stream', 'Run', 'one_line_errors',
-           'first_to_say', 'read_run_config', 'train_main', 'train', 'processes_to_start', 'rendezvous_flags',
-           'launch_main', 'utf8_text', 'read_prompt', 'questions', 'fit_conversation', 'chat', 'print_samples',
-           'sample_main', 'metric_curves', 'plot_metrics', 'plot_main', 'bench_trainer', 'compare_ranks', 'bench_run',
-           'bench_main']
+           'MAX_SAMPLE_TOKENS', 'X_LABELS', 'EXPORT_TYPES', 'get_model_class', 'choose_device', 'join_run',
+           'starting_checkpoint', 'newest_checkpoint', 'prepare_data', 'run_encoding', 'choose_compilation',
+           'choose_compute_dtype', 'build_model', 'load_model', 'run_optimizers', 'run_schedule', 'restore',
+           'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts', 'print_continuation', 'print_stream',
+           'examine', 'Run', 'one_line_errors', 'first_to_say', 'read_run_config', 'train_main', 'train',
+           'processes_to_start', 'rendezvous_flags', 'launch_main', 'utf8_text', 'read_prompt', 'questions',
+           'fit_conversation', 'chat', 'print_samples', 'sample_main', 'metric_curves', 'plot_metrics', 'plot_main',
+           'bench_trainer', 'compare_ranks', 'bench_run', 'bench_main', 'checkpoint_file', 'evaluation_rows',
+           'evaluate_main', 'export_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -43,6 +44,7 @@ from .config import (
     ConfigError, TrainConfig, accumulation_steps, config_help, config_sources, config_to_dict, config_to_yaml, load_config,
     parse_overrides, read_yaml)
 from .distributed import RankLost, Ranks, from_first, join_ranks, leave_ranks
+from .evaluate import Result, Task, export_model, measure, open_task, report
 from .generate import Decoder, Sampling, generate, generate_batch, stream_text
 from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
@@ -252,6 +254,18 @@ def print_stream(pieces: Iterator[str], before: str = "") -> str:
         print(flush=True)
     return text
 
+# %% ../nbs/23_real_run.ipynb #e7a10011
+def examine(model: GPT, encoding, task: Task, written: bool = False, batch_tokens: int = 16_384) -> list[Result]:
+    "`measure` in the middle of anything: whatever attention kernel and mode the model is in stays as it was."
+    backend, was_training = model.backend, model.training
+    model.backend = "sdpa"
+    model.eval()
+    try:
+        return measure(model, encoding, task, written, batch_tokens)
+    finally:
+        model.backend = backend
+        model.train(was_training)
+
 # %% ../nbs/23_real_run.ipynb #26
 class Run:
     """One training run, wired together from its config: data, model, optimizers, schedule, trainer.
@@ -268,6 +282,7 @@ class Run:
         for file in (*self.train_files, *self.val_files):
             shard_length(file)  # a cut or foreign file is refused now, not at hour six
         if config.tensorboard: summary_writer()
+        self.task = open_task(config.eval_task) if config.eval_task else None
         self.encoding = run_encoding(config)
         self.eos_id = self.encoding.eot_token if config.eos_token_id is None else config.eos_token_id
         self.accumulation = accumulation_steps(config, self.ranks.world_size)
@@ -308,11 +323,18 @@ class Run:
         if resume_from is not None and str(resume_from) != config.init_checkpoint:
             progress = self._load(resume_from)
         self._say(describe(config, self.model, self.ranks, self.compiled, self.rows, self.accumulation))
+        answers = self._asked(progress)
         evaluation = self.fit(progress)
         if self.is_first:
             finish_run(self.directory)
             self._print_result(evaluation, progress)
+            if answers: print(f"\n{report(self.task, answers | self._asked(progress))}")
         return True
+
+    def _asked(self, progress: Progress) -> dict:
+        "What the model answers to the config's task at this step; nothing where there is none, or on ranks but the first."
+        if not (self.task and self.is_first): return {}
+        return {f"step {progress.step:,}": examine(self.model, self.encoding, self.task)}
 
     def _say(self, line: str) -> None:
         if self.is_first: print(line)
@@ -635,7 +657,8 @@ def chat(decoder: Decoder, encoding, first: str | None, max_tokens: int, samplin
         except KeyboardInterrupt as stopped:
             print("(stopped)", file=sys.stderr)
             answer = getattr(stopped, "text", "")
-        turns = [*turns, (question, answer)]
+        if answer.strip():  # a question without an answer is no turn
+            turns = [*turns, (question, answer)]
 
 # %% ../nbs/23_real_run.ipynb #5a3b0003
 def _sample_parser() -> argparse.ArgumentParser:
@@ -969,10 +992,10 @@ def _run_rows(args, device):
                                        val_std=statistics.stdev(losses), train_s=statistics.median(row["train_s"] for row in done))
 
 
-def _repeatable(argv: list[str]) -> str:
+def _repeatable(program: str, argv: list[str]) -> str:
     "The command as someone else would type it: without where its rows went and what was said of the commit."
     kept = [word for before, word in zip(["", *argv], argv) if not {before, word} & {"--out", "--commit"}]
-    return shlex.join(["daisy-bench", *kept])
+    return shlex.join([program, *kept])
 
 
 def bench_main(argv: list[str] | None = None) -> int:
@@ -992,8 +1015,116 @@ def bench_main(argv: list[str] | None = None) -> int:
                      decode=_decode_rows)
         rows = kinds[args.what](args, device)
         for name, measured in rows:
-            row = result_row(name, _repeatable(argv), device, args.commit, **measured)
+            row = result_row(name, _repeatable("daisy-bench", argv), device, args.commit, **measured)
             append_row(args.out or f"results/{'trainer' if args.what == 'scaling' else args.what}.jsonl", row)
             print(", ".join(f"{field} {value}" for field, value in measured.items() if field not in ("kinds_ms", "val_curve")), flush=True)
         return 0
     return one_line_errors("daisy-bench", body)
+
+# %% ../nbs/23_real_run.ipynb #e7a10003
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="daisy-evaluate", description="Measure checkpoints on the same tasks, and compare each with the first.")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint file, or a folder for the latest in it")
+    parser.add_argument("--tasks", nargs="+", default=["python_questions"], metavar="TASK",
+                        help="python_questions; bpb:TEXT for bits per byte of a file, folder, glob or shards; a file of questions in JSON lines (%(default)s)")
+    parser.add_argument("--written", action="store_true", help="let the model write its answers too, and count those that match exactly")
+    parser.add_argument("--chat", action="store_true", help="ask the questions of files in the template of fine-tuning")
+    parser.add_argument("--max_bytes", type=int, default=10_000_000, help="most bytes of text to score for bits per byte (%(default)s)")
+    parser.add_argument("--batch_tokens", type=int, default=16_384, help="tokens at a time (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", help="append a row for each figure to this JSONL file, or to evaluate.jsonl in this folder")
+    parser.add_argument("--commit", help="what the rows say of the code's commit, where git can't")
+    return parser
+
+
+def checkpoint_file(path) -> Path:
+    "The checkpoint `path`, or the latest in the folder `path`; ValueError if there is none."
+    path = Path(path)
+    found = latest_checkpoint(path) if path.is_dir() else path if path.exists() else None
+    if found is None:
+        raise ValueError(f"no checkpoint at {path}: name a state_step_N.pt, or a folder that holds one")
+    return found
+
+
+def evaluation_rows(task: Task, results: dict[str, list[Result]], shapes: dict[str, dict]) -> list[dict]:
+    "What `results/evaluate.jsonl` says of a task: a row for each checkpoint and metric, with the paired difference to the first checkpoint."
+    rows, (first, *_) = [], results
+    for name, some in results.items():
+        for result, base in zip(some, results[first]):
+            e = result.estimate()
+            field = "bpb" if result.metric == "bpb" else "accuracy"
+            row = dict(name=name, **shapes[name], task=task.name, metric=result.metric, n=len(result.values), interval=[round(e.low, 4), round(e.high, 4)])
+            row[field] = round(e.value, 4)
+            if result.weights is not None: row["bytes"] = int(result.weights.sum())
+            if name != first:
+                d = result.minus(base)
+                row |= dict(compared_with=first, difference=round(d.value, 4), difference_interval=[round(d.low, 4), round(d.high, 4)])
+            rows.append(row)
+    return rows
+
+
+def _shape(model: GPT) -> dict:
+    c = model.config
+    return dict(num_layers=c.num_layers, model_dim=c.model_dim, max_seq_len=c.max_seq_len, vocab_size=c.vocab_size, params=sum(p.numel() for p in model.parameters()))
+
+
+def evaluate_main(argv: list[str] | None = None) -> int:
+    "The command `daisy-evaluate CHECKPOINT [CHECKPOINT ...] [--tasks TASK ...] [--out FILE]`; returns the exit code."
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _evaluate_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+    def body():
+        for name in ("max_bytes", "batch_tokens"):
+            if getattr(args, name) < 1: raise ValueError(f"--{name} {getattr(args, name)} must be 1 or more")
+        device = choose_device(args.device)
+        paths = list(dict.fromkeys(map(checkpoint_file, args.checkpoints)))
+        tasks = [open_task(spec, args.max_bytes, args.chat) for spec in dict.fromkeys(args.tasks)]
+        results, shapes = [{} for _ in tasks], {}
+        for path in paths:
+            name = f"{path.parent.name}/{path.stem}".lstrip("/")
+            name = name if name not in shapes else str(path)
+            model, encoding = load_model(path, device)
+            shapes[name] = _shape(model)
+            for task, some in zip(tasks, results): some[name] = examine(model, encoding, task, args.written, args.batch_tokens)
+        for task, some in zip(tasks, results):
+            print(report(task, some), flush=True)
+            for row in evaluation_rows(task, some, shapes) if args.out else []:
+                out = Path(args.out)
+                append_row(out / "evaluate.jsonl" if out.is_dir() else out, result_row(row.pop("name"), _repeatable("daisy-evaluate", argv), device, args.commit, **row))
+        return 0
+    return one_line_errors("daisy-evaluate", body)
+
+# %% ../nbs/23_real_run.ipynb #e7a10008
+EXPORT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="daisy-export", description="Write a checkpoint as a folder that Hugging Face transformers loads.")
+    parser.add_argument("checkpoint", help="a checkpoint file, or a folder for the latest in it")
+    parser.add_argument("folder", help="a new folder")
+    parser.add_argument("--plain", action="store_true", help="as a standard architecture, which a model without daisy's own switches has")
+    parser.add_argument("--dtype", choices=EXPORT_TYPES, default="float32", help="of the stored weights (%(default)s)")
+    return parser
+
+
+def export_main(argv: list[str] | None = None) -> int:
+    "The command `daisy-export CHECKPOINT FOLDER [--plain] [--dtype bfloat16]`; returns the exit code."
+    try:
+        args = _export_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+    def body():
+        saved = load_checkpoint(checkpoint_file(args.checkpoint))
+        if get_model_class(saved["model_type"]) is not GPT:
+            raise ValueError(f"model_type {saved['model_type']!r} can't be exported: only gpt2 can")
+        folder = export_model(GPTConfig.from_dict(saved["model_config"]), saved["model"], encoding_from_json(saved["encoding"]), args.folder,
+                              plain=args.plain, dtype=EXPORT_TYPES[args.dtype])
+        size_mb = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+        trust = "" if args.plain else ", trust_remote_code=True"
+        print(f"{folder}: {size_mb:.1f} MB. Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})")
+        return 0
+    return one_line_errors("daisy-export", body)
