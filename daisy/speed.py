@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/22_speed.ipynb #e5172845
