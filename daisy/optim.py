@@ -32,14 +32,14 @@ def _group_of(name, p):
 def parameter_groups(model):
     """Sort `model`'s parameters into `GROUPS`: a dict of group name → list of parameters, empty groups included.
 
-    A head tied to the embedding counts once, as "embed". Raises ValueError naming a parameter that no rule fits.
+    An embedding that is the head too counts once, as "head". Raises ValueError naming a parameter that no rule fits.
     """
     names = {}
     for name, p in model.named_parameters(remove_duplicate=False): names.setdefault(p, []).append(name)
     groups = {group: [] for group in GROUPS}
     for p, aliases in names.items():
         fits = sorted({_group_of(name, p) or "none" for name in aliases})
-        if fits == ["embed", "head"]: fits = ["embed"]
+        if fits == ["embed", "head"] or (fits == ["embed"] and getattr(model, "head", model) is None): fits = ["head"]   # tied
         if len(fits) > 1 or fits == ["none"]:
             raise ValueError(f"parameter {' = '.join(aliases)} of shape {tuple(p.shape)} fits {' and '.join(fits)} of the "
                              f"groups {', '.join(GROUPS)}, not exactly one: add a rule to daisy.optim for it")

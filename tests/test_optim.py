@@ -280,7 +280,7 @@ def test_every_parameter_in_exactly_one_group(changes):
     assert tuple(groups) == GROUPS
     members = [p for params in groups.values() for p in params]
     assert len(members) == len(set(members)) and set(members) == set(model.parameters())
-    assert all(p.ndim >= 2 for p in groups["matrix"]) and bool(groups["head"]) != bool(changes.get("tie_head"))
+    assert all(p.ndim >= 2 for p in groups["matrix"]) and groups["head"] and bool(groups["embed"]) != bool(changes.get("tie_head"))
     for kind in ("muon", "adamw"):
         optimizers = build_optimizers(model, optimizer=kind, **RATES)
         in_groups = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
