@@ -106,7 +106,7 @@ def choose_token(logits: Tensor, pointers: Tensor, sampling: Sampling, seen: Ten
 
 
 def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    "Tokens that may be chosen, in the order of their ids, and their probabilities before them: both (B, k)."
+    "The probabilities of the tokens that may be chosen, in the order of their ids, and these ids: both (B, k)."
     cut = 0 < sampling.top_k < logits.size(-1)
     if not cut and sampling.top_p == 1:
         return logits.softmax(dim=-1), torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
@@ -285,7 +285,7 @@ class Decoder:
     """Writes with `model`, many rows at a time. Make it once for many texts: it holds a copy of the weights.
 
     On a CUDA GPU each shape's work is recorded once and replayed (`graphs`); `compiled` is "false", "layers" or "full", as
-    in lesson 09: worth its minute where much is to be written.
+    in lesson 09: worth its minutes where much is to be written.
     """
 
     def __init__(self, model: GPT, compiled: str = "false", graphs: bool | None = None, record: Callable = record):
@@ -350,7 +350,7 @@ class Decoder:
 
 # %% ../nbs/17_generate.ipynb #ge000016
 def _compiled_write(batch: _Batch, how: str) -> Callable:
-    "`batch.write`, compiled as one graph or by layers; products with a single row are tuned, which doubles their speed."
+    "`batch.write`, compiled as one graph or by layers; products with a single row are tuned for this GPU."
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     compiled = partial(torch.compile, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
     if how == "full":
