@@ -52,7 +52,7 @@ from .optim import build_optimizers, load_optimizer_state, take_step
 from .schedules import Schedule
 from .sft import QUESTIONS, TEMPLATE, build_sft_shards, encode_conversation, one_turn
 from .shards import build_corpus_shards, read_mask, read_shard, scored_tokens, shard_files, shard_length
-from .speed import append_row, bench_attention, bench_decode, bench_model, current_commit, decode_kernels, machine_name, median_seconds, result_row
+from .speed import append_row, bench_attention, bench_decode, bench_model, call_seconds, current_commit, decode_kernels, machine_name, result_row
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
 from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics, summary_writer, tensorboard_log
 
@@ -871,20 +871,24 @@ def _decode_rows(args, device):
 def bench_trainer(config: TrainConfig, steps: int = 50) -> dict:
     """Median seconds of a step with the trainer and bare, and the trainer's part in it; medians of three snapshots.
 
+    Both kinds take the same `steps` on the same tokens, twice in turns, and `overhead` is the median over pairs of steps.
     `snapshot_s` is how long training waits for one, `first_snapshot_s` for the very first, and `write_s` is until it is on the disk.
     """
+    batch_tokens, pairs = config.global_batch_size * config.max_seq_len, []
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        run = Run(replace(config, checkpoint_dir=folder, save_checkpoint=False, resume="never", num_iterations=steps, val_loss_every=steps))
-        progress = Progress()
-        run.fit(progress)
-        rows = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if "tok_s" in row][steps // 5:]
+        run = Run(replace(config, checkpoint_dir=folder, save_checkpoint=False, resume="never", num_iterations=steps, val_loss_every=steps, log_every=1))
+        for _ in range(2):
+            progress = Progress()
+            run.fit(progress)
+            rows = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if "tok_s" in row]
+            pairs += list(zip((batch_tokens / row["tok_s"] for row in rows), _bare_seconds(run, steps)))[steps // 5:]
         first_snapshot_s, _ = _snapshot_seconds(run, progress)  # it makes room for the copy
         snapshot_s, write_s = map(statistics.median, zip(*(_snapshot_seconds(run, progress) for _ in range(3))))
         size_gb = latest_checkpoint(folder).stat().st_size / 1e9
-    batch_tokens = config.global_batch_size * config.max_seq_len
-    step_s, bare_s = batch_tokens / statistics.median(row["tok_s"] for row in rows), _bare_step_s(run, steps)
+    step_s, bare_s = map(statistics.median, zip(*pairs))
+    overhead = statistics.median(with_trainer / bare - 1 for with_trainer, bare in pairs)
     return dict(num_layers=config.num_layers, model_dim=config.model_dim, max_seq_len=config.max_seq_len, batch_tokens=batch_tokens, steps=steps,
-                step_s=round(step_s, 5), bare_step_s=round(bare_s, 5), overhead=round(step_s / bare_s - 1, 4), snapshot_s=round(snapshot_s, 3), first_snapshot_s=round(first_snapshot_s, 3), write_s=round(write_s, 3),
+                step_s=round(step_s, 5), bare_step_s=round(bare_s, 5), overhead=round(overhead, 4), snapshot_s=round(snapshot_s, 3), first_snapshot_s=round(first_snapshot_s, 3), write_s=round(write_s, 3),
                 snapshot_gb=round(size_gb, 3))
 
 
@@ -897,15 +901,18 @@ def _snapshot_seconds(run: Run, progress: Progress) -> tuple[float, float]:
     return waited_s, time.perf_counter() - begin
 
 
-def _bare_step_s(run: Run, steps: int) -> float:
-    loader = TokenLoader(run.train_files, run.rows, run.config.max_seq_len, eos_id=run.eos_id, device=run.device)
-    batches = [next(loader) for _ in range(run.accumulation)]
+def _bare_seconds(run: Run, steps: int) -> list[float]:
+    "Seconds of each of the run's first `steps`, without its trainer, the tokens at hand."
+    loader = TokenLoader(run.train_files, run.rows, run.config.max_seq_len, eos_id=run.eos_id, mode=run.config.loader_mode,
+                         begin_shard=run.config.begin_shard, device=run.device)
+    of_steps = iter([[next(loader) for _ in range(run.accumulation)] for _ in range(steps)])
     loader.close()
 
     def step():
+        batches = next(of_steps)
         for batch in batches: (run.fast_model(batch.inputs, batch.targets) / len(batches)).backward()
         take_step(run.optimizers, run.config.grad_clip)
-    return median_seconds(step, run.device, repeats=steps)
+    return call_seconds(step, run.device, repeats=steps, warmup=0)
 
 
 def _trainer_rows(args, device):
