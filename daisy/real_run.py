@@ -669,7 +669,7 @@ def _sample_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="a conversation: a line is a question; ends with the input")
     parser.add_argument("--num_samples", type=int, default=1, help="texts to write at once (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--compile", action="store_true", help="compile first: a minute, then several times as fast on a GPU")
+    parser.add_argument("--compile", action="store_true", help="compile first, which takes minutes: for long texts on a GPU")
     parser.add_argument("--max_tokens", type=int, default=200, help="most tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = the likeliest token always")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0 = all")
