@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional      # now, while there is no group: its functions' defaults keep one that exists alive
 from torch import Tensor
 
 # %% ../nbs/11_distributed.ipynb #eef7f619

@@ -104,6 +104,25 @@ def test_exchanges(number, tmp_path):
         assert report["total"] == number * (number + 1) // 2 and report["first"] == {"path": "rank 0"}
 
 
+THREADS = """
+from pathlib import Path
+def threads(): return sorted(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm"))
+ranks = join()
+during = sum_over_ranks(torch.ones(3), ranks).wait() is not None and threads()
+torch.optim.AdamW([nn.Parameter(torch.ones(1))])            # imports more of torch, while there is a group
+leave_ranks(ranks)
+save(during=during, after=threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_leaving_ends_the_groups_threads(tmp_path):
+    "One that still drops a tensor while Python shuts down ends the process with 'terminate called', after all its work is done."
+    for result in run(tmp_path, THREADS, 2):
+        assert any("gloo" in name for name in result["during"]), result
+        assert not any("gloo" in name for name in result["after"]), result
+
+
 def test_a_process_alone_sends_nothing(monkeypatch):
     monkeypatch.delattr("torch.distributed.all_reduce")
     stack, alone = torch.randn(3, 2), Ranks()
