@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daisy.masks import (MaskSpec, block_mask, dense_mask, document_ids, flex_block_mask, layer_windows,
-                         varlen_bounds, varlen_capacity, varlen_mask)
+from daisy.masks import (MaskSpec, block_mask, dense_mask, document_ids, document_starts, flex_block_mask, layer_windows,
+                         varlen_bounds, varlen_capacity, varlen_mask, visible_keys)
 from daisy.rope import apply_rope, rope_tables
 
 SPECS = st.builds(MaskSpec, window=st.none() | st.integers(1, 60), long_every=st.integers(0, 4), block_size=st.integers(1, 20))
@@ -44,6 +44,20 @@ def tiles(mask, size):
 @given(SPECS, documents())
 def test_dense_mask_is_the_definition(spec, doc_ids):
     assert torch.equal(dense_mask(spec, doc_ids), brute_force(spec, doc_ids))
+
+
+@settings(deadline=None, max_examples=60)
+@given(SPECS, documents(), st.data())
+def test_positions_in_any_order_are_rows_and_columns_of_the_dense_mask(spec, doc_ids, data):
+    "As a cache asks: some of the queries, and keys in places of their own, some of them empty (below 0)."
+    B, T = doc_ids.shape
+    of_rows = lambda low: torch.tensor(data.draw(st.lists(st.lists(st.integers(low, T - 1), min_size=5, max_size=5), min_size=B, max_size=B)))
+    queries, keys = of_rows(0), of_rows(-3)
+    starts = document_starts(doc_ids).gather(1, queries)
+    expected = torch.stack([mask[0][q][:, k.clamp(min=0)] & (k >= 0) for mask, q, k in zip(brute_force(spec, doc_ids), queries, keys)])
+    assert torch.equal(visible_keys(spec, queries, keys, starts), expected)
+    row = torch.arange(T)[None]
+    assert torch.equal(visible_keys(spec, row, row)[:, None], brute_force(spec, torch.zeros(1, T)))  # one document, one row for all
 
 
 @settings(deadline=None, max_examples=150)
