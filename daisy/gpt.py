@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'MAX_FUSED_CAP', 'LOSS_BLOCK', 'LOSS_WARPS', 'VOCAB_MULTIPLE', 'soft_cap', 'token_logits',
-           'fused_loss_and_slope', 'cross_entropy', 'GPTConfig', 'Smear', 'run_block', 'run_layer', 'GPT',
-           'CompiledGPT', 'compile_gpt', 'count_parameters', 'flops_per_token', 'activation_bytes']
+           'fused_loss_and_slope', 'choose_loss_kernel', 'explain_loss_kernel', 'cross_entropy', 'GPTConfig', 'Smear',
+           'run_block', 'run_layer', 'GPT', 'CompiledGPT', 'compile_gpt', 'count_parameters', 'flops_per_token',
+           'activation_bytes']
 
 # %% ../nbs/09_gpt.ipynb #2
 # Tensor legend: B batch, T tokens, N = B * T, D model, H heads, K key-value heads, hd head dim, V vocabulary, L layers
@@ -146,19 +147,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_grad, head_grad = ctx.saved_tensors
         return x_grad * upstream.to(x_grad.dtype), head_grad * upstream, None, None, None, None, None
 
+# %% ../nbs/09_gpt.ipynb #5e1ec701
+def _auto_loss_kernel(device: torch.device, cap: float) -> tuple[str, str]:
+    "What `auto` picks, and why."
+    if device.type != "cuda":
+        return "torch", "no CUDA"
+    if not HAS_TRITON:
+        return "torch", "triton isn't installed"
+    return ("triton", "installed, CUDA") if cap <= MAX_FUSED_CAP else ("torch", f"triton takes a soft-cap of at most {MAX_FUSED_CAP:g}")
+
+
+def choose_loss_kernel(name: str, device: torch.device, cap: float) -> str:
+    "What makes the loss on `device` over logits capped at `cap`: triton or torch; `auto` picks one. ValueError for what can't be."
+    if name not in ("auto", "torch", "triton"):
+        raise ValueError(f"loss_kernel {name!r} is not known: choose auto, torch or triton")
+    if name == "triton" and device.type != "cuda":
+        raise ValueError(f"loss_kernel 'triton' needs a CUDA GPU, this is {device.type!r}: choose auto or torch")
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError("loss_kernel 'triton' needs the package triton, which comes with torch's builds for CUDA: choose auto or torch")
+    if name == "triton" and cap > MAX_FUSED_CAP:
+        raise ValueError(f"loss_kernel 'triton' takes a logit_softcap of at most {MAX_FUSED_CAP:g}, not {cap:g}: lower it, 0 is none, "
+                         "or choose auto or torch")
+    return _auto_loss_kernel(device, cap)[0] if name == "auto" else name
+
+
+def explain_loss_kernel(name: str, device: torch.device, cap: float) -> str:
+    "The loss kernel that `name` comes to, and why, in words: `triton (installed, CUDA)`. ValueError for what can't be."
+    kernel = choose_loss_kernel(name, device, cap)
+    return f"{kernel} ({_auto_loss_kernel(device, cap)[1] if name == 'auto' else 'as set'})"
+
 # %% ../nbs/09_gpt.ipynb #682c5f0a
 def cross_entropy(x: Tensor, head: Tensor, targets: Tensor, cap: float, vocab_size: int, chunk_tokens: int = 16_384,
                   loss_kernel: str = "auto") -> Tensor:
     """Mean cross-entropy in nats of x (N, D) through `head` (padded V, D) against targets (N,); IGNORE doesn't count.
 
     Float32 logits of only `chunk_tokens` tokens exist at a time: (65,536 x 50,304) would be 13 GB. Gradients are made on
-    the way up, while a chunk's logits are there, so nothing is computed twice: by `loss_kernel` "torch", or by "triton" on a
-    CUDA GPU; "auto" is triton where it is there.
+    the way up, while a chunk's logits are there, so nothing is computed twice: by what `choose_loss_kernel`
+    makes of `loss_kernel`. ValueError for one that can't be.
     """
     few = x.device.type == "cpu" and x.size(0) <= chunk_tokens
-    if torch.is_grad_enabled() and not few:
-        fused = loss_kernel != "torch" and x.device.type == "cuda" and cap <= MAX_FUSED_CAP and HAS_TRITON
-        return _LinearCrossEntropy.apply(x, head, targets, cap, vocab_size, chunk_tokens, fused)
+    if torch.is_grad_enabled():
+        kernel = choose_loss_kernel(loss_kernel, x.device, cap)
+        if not few:
+            return _LinearCrossEntropy.apply(x, head, targets, cap, vocab_size, chunk_tokens, kernel == "triton")
     total = sum(_loss_sum(rows, head, answers, cap, vocab_size)
                 for rows, answers in zip(x.split(chunk_tokens), targets.split(chunk_tokens)))
     return total / (targets != IGNORE).sum().clamp(min=1)
@@ -493,6 +524,8 @@ class CompiledGPT(nn.Module):
             self.compute = partial(model.compute, parts=parts)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is not None and torch.is_grad_enabled():  # what can't be is said here: inside of a graph it would be dynamo's long story
+            choose_loss_kernel(self.model.config.loss_kernel, tokens.device, self.model.config.logit_softcap)
         return self.compute(tokens, targets, self.model.masks(tokens))
 
 

@@ -46,7 +46,7 @@ from .config import (
 from .distributed import RankLost, Ranks, from_first, join_ranks, leave_ranks
 from .evaluate import Result, Task, export_model, measure, open_task, report
 from .generate import Decoder, Sampling, generate, generate_batch, stream_text
-from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
+from .gpt import GPT, GPTConfig, choose_loss_kernel, compile_gpt, count_parameters, explain_loss_kernel, flops_per_token
 from .loader import TokenLoader, validation_batches
 from .optim import build_optimizers, load_optimizer_state, take_step
 from .schedules import Schedule
@@ -219,7 +219,7 @@ def describe(config: TrainConfig, model: GPT, ranks: Ranks, compiled: str, rows:
         f"       {c.num_layers} layers of {c.num_heads} heads x {c.head_dim}, width {c.model_dim}, windows "
         + " ".join(map(str, c.windows)),
         f"device: {each}, attention {explain_backend(config.attention, ranks.device, c.long_every)}, {COMPILED_WORDS[compiled]}, "
-        + str(model.compute_dtype).removeprefix("torch."),
+        + str(model.compute_dtype).removeprefix("torch.") + f", loss {explain_loss_kernel(c.loss_kernel, ranks.device, c.logit_softcap)}",
         f"batch: {config.global_batch_size} x {config.max_seq_len} = {config.global_batch_size * config.max_seq_len:,} tokens a "
         f"step ({of_ranks}{accumulation} x {rows} rows), {config.num_iterations:,} steps",
     ])
@@ -288,6 +288,7 @@ class Run:
         self.accumulation = accumulation_steps(config, self.ranks.world_size)
         self.rows = config.global_batch_size // self.ranks.world_size // self.accumulation
         self.directory = Path(config.checkpoint_dir)
+        choose_loss_kernel(config.loss_kernel, self.device, config.logit_softcap)  # refused before anything is moved or made
         torch.manual_seed(config.seed)
         values = config_to_dict(config) | dict(eos_token_id=self.eos_id)
         self.model = build_model(config.model_type, values, self.device, config.attention, config.seed)

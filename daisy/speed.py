@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 # %% ../nbs/22_speed.ipynb #e5172845
 from .attention import attend, prepare_mask
 from .generate import Decoder, Sampling
-from .gpt import GPT, compile_gpt, flops_per_token
-from .masks import MaskSpec, document_ids
+from .gpt import GPT, choose_loss_kernel, compile_gpt, flops_per_token
+from .masks import MaskSpec, document_ids, document_starts
 from .trainer import peak_flops
 
 # %% ../nbs/22_speed.ipynb #b5cde8fb
@@ -160,11 +160,7 @@ def read_rows(path, **wanted) -> list[dict]:
 # %% ../nbs/22_speed.ipynb #c329580f
 def visible_pairs(spec: MaskSpec, doc_ids_BT: Tensor) -> int:
     "How many (query, key) pairs may look: for each token its place in its document, at most the window; no long-range links."
-    position = torch.arange(doc_ids_BT.size(1), device=doc_ids_BT.device).expand_as(doc_ids_BT)
-    opens = torch.ones_like(doc_ids_BT, dtype=torch.bool)
-    opens[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
-    start = torch.where(opens, position, 0).cummax(dim=1).values
-    seen = position - start + 1
+    seen = torch.arange(doc_ids_BT.size(1), device=doc_ids_BT.device) - document_starts(doc_ids_BT) + 1
     return int(seen.clamp(max=spec.window).sum() if spec.window else seen.sum())
 
 # %% ../nbs/22_speed.ipynb #cb3efeea
@@ -265,7 +261,7 @@ def bench_model(model: GPT, batch_size: int, seq_len: int, device: torch.device,
     c = model.config
     shape = dict(num_layers=c.num_layers, model_dim=c.model_dim, num_heads=c.num_heads, head_dim=c.head_dim, max_seq_len=seq_len,
                  batch_size=batch_size, windows=f"{min(c.windows)}/{max(c.windows)}", documents=document_tokens, backend=model.backend,
-                 compiled=compiled, parameters=sum(p.numel() for p in model.parameters()))
+                 document_mask=c.document_mask, loss_kernel=choose_loss_kernel(c.loss_kernel, device, c.logit_softcap), compiled=compiled, parameters=sum(p.numel() for p in model.parameters()))
     try:
         return shape | _time_model(model, batch_size, seq_len, device, document_tokens, compiled, optimizers, repeats)
     except RuntimeError as error:  # out of memory

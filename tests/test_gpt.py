@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from daisy.gpt import HAS_TRITON, GPT, GPTConfig, count_parameters, cross_entropy, flops_per_token, soft_cap
+from daisy.gpt import (
+    HAS_TRITON, GPT, GPTConfig, choose_loss_kernel, compile_gpt, count_parameters, cross_entropy, explain_loss_kernel, flops_per_token, soft_cap)
 from daisy.loader import IGNORE
 
 V, EOS = 50, 0
@@ -240,15 +242,56 @@ def test_the_loss_kernel_agrees_with_torch_in_tritons_interpreter():
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("loss_kernel", ["auto", "torch", "triton"])
-def test_on_a_cpu_every_loss_kernel_is_torchs(loss_kernel):
+def test_on_a_cpu_the_loss_kernel_is_torchs():
     rows, losses = tokens_like(2, 17), []
-    for name in (loss_kernel, "torch"):
+    for name in ("auto", "torch"):
         model = awake(GPTConfig(**SHAPE, loss_kernel=name))
         loss = model(rows[:, :-1], rows[:, 1:])
         loss.backward()
         losses.append((loss, *(p.grad for p in model.parameters())))
     assert all(torch.equal(*pair) for pair in zip(*losses))
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+REFUSED = [("fast", CUDA, 15.0, True, "loss_kernel 'fast' is not known: choose auto, torch or triton"),
+           ("triton", CPU, 15.0, True, "loss_kernel 'triton' needs a CUDA GPU, this is 'cpu': choose auto or torch"),
+           ("triton", CUDA, 15.0, False, "loss_kernel 'triton' needs the package triton, which comes with torch's builds for CUDA: choose auto or torch"),
+           ("triton", CUDA, 40.5, True, "loss_kernel 'triton' takes a logit_softcap of at most 40, not 40.5: lower it, 0 is none, or choose auto or torch")]
+
+
+@pytest.mark.parametrize("name,device,cap,has_triton,message", REFUSED, ids=["unknown", "cpu", "package", "soft-cap"])
+@pytest.mark.parametrize("function", [choose_loss_kernel, explain_loss_kernel])
+def test_a_loss_kernel_asked_for_by_name_is_had_or_refused(function, name, device, cap, has_triton, message, monkeypatch):
+    monkeypatch.setattr("daisy.gpt.HAS_TRITON", has_triton)
+    with pytest.raises(ValueError) as error:
+        function(name, device, cap)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("device,cap,has_triton,chosen", [
+    (CPU, 15.0, True, "torch (no CUDA)"), (CUDA, 15.0, False, "torch (triton isn't installed)"), (CUDA, 0.0, True, "triton (installed, CUDA)"),
+    (CUDA, 40.0, True, "triton (installed, CUDA)"), (CUDA, 41.0, True, "torch (triton takes a soft-cap of at most 40)")], ids=str)
+def test_auto_picks_a_loss_kernel_and_says_why(device, cap, has_triton, chosen, monkeypatch):
+    monkeypatch.setattr("daisy.gpt.HAS_TRITON", has_triton)
+    assert explain_loss_kernel("auto", device, cap) == chosen and choose_loss_kernel("auto", device, cap) == chosen.split()[0]
+    assert explain_loss_kernel("torch", device, cap) == "torch (as set)"
+    if chosen.startswith("triton"):
+        assert explain_loss_kernel("triton", device, cap) == "triton (as set)"
+    in_a_graph = torch.compile(lambda x: x + len(choose_loss_kernel("auto", device, cap)), backend="eager", fullgraph=True)
+    assert in_a_graph(torch.zeros(())) == len(chosen.split()[0])  # the compiler sees through the choice
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", [None, "layers", "full"])
+def test_a_model_refuses_a_loss_kernel_in_one_line_where_it_would_train_and_nowhere_else(how):
+    "A checkpoint that was trained with the kernel still writes, and is still scored, without it."
+    model, rows = GPT(GPTConfig(**SHAPE, loss_kernel="triton")), tokens_like(2, 17)
+    called = model if how is None else compile_gpt(model, how, backend="eager")
+    with pytest.raises(ValueError, match="^loss_kernel 'triton' needs a CUDA GPU, this is 'cpu': choose auto or torch$"):
+        called(rows[:, :-1], rows[:, 1:])
+    with torch.no_grad():
+        assert called(rows[:, :-1], rows[:, 1:]).isfinite() and called(rows).shape == (2, 17, V)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -208,6 +208,7 @@ def test_save_checkpoint_false_writes_none(here, reference):
     (["toy.yml", "vocab_size=400"], "vocab_size=300"),
     (["toy.yml", "device_batch_size=3"], "nearest"),
     (["toy.yml", "attention=flex"], "CUDA"),
+    (["toy.yml", "loss_kernel=triton", "device=cpu"], "loss_kernel 'triton' needs a CUDA GPU"),
 ])
 def test_a_mistake_is_one_line(here, reference, arguments, words, capsys, monkeypatch):
     monkeypatch.chdir(here)
