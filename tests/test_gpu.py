@@ -1,4 +1,7 @@
-"""What only a GPU can show: `python -m pytest -m gpu tests` on a machine with one; attention alone is in test_gpu_attention.py."""
+"""What only a GPU can show: `python -m pytest -m gpu tests` on a machine with one; attention alone is in test_gpu_attention.py.
+
+Nearly all of the time is the compiler's: with pytest-xdist, `-n 10 --dist worksteal` keeps ten cores at it to the end.
+"""
 import json
 import os
 import subprocess
@@ -11,7 +14,7 @@ import torch
 
 from daisy.attention import explain_backend, flash_installed
 from daisy.generate import Decoder, Replayed, Sampling, generate_batch, prefill, reading_copy
-from daisy.gpt import GPT, GPTConfig, compile_gpt, cross_entropy, soft_cap
+from daisy.gpt import GPT, GPTConfig, compile_gpt, cross_entropy, explain_loss_kernel, soft_cap
 from daisy.loader import IGNORE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -80,8 +83,9 @@ def test_compiled_model_agrees_with_the_plain_one(how, tokens, window, extras, t
 
 @pytest.mark.parametrize("backend", ["flex", flash])
 @pytest.mark.parametrize("how,extras", WAYS, ids=str)
-def test_in_bfloat16_loss_and_gradients_come_near_float32(backend, how, extras):
-    torch._dynamo.reset()
+def test_in_bfloat16_loss_and_gradients_come_near_float32_and_a_window_schedule_compiles_nothing_again(backend, how, extras):
+    "Both of one compiled model, since what takes time is to compile it."
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
     plain, fast = two_models(1024, 256, how, backend=backend, compute_dtype=torch.bfloat16, **extras)
     inputs, targets = batch_of(1024, 0)
     (loss, wanted), (fast_loss, got) = (gradients(m, inputs, targets) for m in (plain, fast))
@@ -90,18 +94,12 @@ def test_in_bfloat16_loss_and_gradients_come_near_float32(backend, how, extras):
     together = [torch.cat([gradients[name].flatten() for name in wanted]) for gradients in (got, wanted)]
     assert relative(*together) < 5e-2
 
-
-@pytest.mark.parametrize("backend", ["flex", flash])
-@pytest.mark.parametrize("how,extras", [("layers", {}), ("layers", CHEAP), ("full", {})], ids=str)
-def test_a_window_schedule_compiles_nothing_again(backend, how, extras):
-    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
-    _, fast = two_models(1024, 256, how, backend=backend, compute_dtype=torch.bfloat16, **extras)
-    seen = []
+    seen = [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
     for seed, fraction in enumerate((0.25, 0.25, 0.5, 0.75, 1.0)):
         fast.model.set_window_fraction(fraction)
         fast(*batch_of(1024, seed)).backward()
         seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert len(set(seen)) == 1 and (how == "layers" or seen[0] == 1), seen
+    assert len(set(seen)) == 1 and seen[0] >= 1 and (how == "layers" or seen[0] == 1), seen
 
 
 @pytest.mark.parametrize("loss_kernel,compiled,cap", [("torch", True, 15.0), ("triton", False, 15.0), ("triton", True, 15.0), ("triton", True, 0.0)])
@@ -141,6 +139,7 @@ def test_tiny_config_trains_on_the_gpu(tmp_path):
                           f"checkpoint_dir={tmp_path}/checkpoints"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert f"attention {explain_backend('auto', torch.device('cuda'))}, compiled by layers" in run.stdout
+    assert f"loss {explain_loss_kernel('auto', torch.device('cuda'), 15.0)}" in run.stdout
     rows = [json.loads(line) for line in (tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 1.5
