@@ -252,10 +252,11 @@ def model_flops(model: GPT, doc_ids: Tensor) -> float:
 def bench_model(model: GPT, batch_size: int, seq_len: int, device: torch.device, *, document_tokens: int = 0, compiled: str = "layers",
                 optimizers: tuple | list = (), repeats: int = 10) -> dict:
     '''Time forward and backward of `model`, `compiled` by "layers", "full" or "false", on `batch_size` x `seq_len` random tokens,
-    gradients added up as in accumulation.
+    gradients added up as in accumulation; and once more with none there before, as the first micro-batch of each step finds it.
 
     Returns shape, tokens a second, MFU where the device's peak is known (pairs that a document's end hides are no FLOPs of
-    the model's), peak memory, seconds of the first call, milliseconds by kind of kernel; or the `error`. With
+    the model's), both once more as `first_ms` and `first_mfu`, peak memory, seconds of the first call, milliseconds by kind of
+    kernel; or the `error`. With
     `optimizers` also the milliseconds of their step; their state then counts in the peak memory.
     '''
     c = model.config
@@ -282,7 +283,9 @@ def _time_model(model, batch_size, seq_len, device, document_tokens, compiled, o
     seconds = median_seconds(step, device, repeats)
     tok_s, peak = batch_size * seq_len / seconds, peak_flops(device)
     flops = model_flops(model, document_ids(inputs, c.eos_token_id))
-    return dict(tok_s=round(tok_s), step_ms=round(1e3 * seconds, 2), mfu=round(flops / seconds / peak, 4) if peak else None,
+    mfu = lambda seconds: round(flops / seconds / peak, 4) if peak else None
+    first_s = median_seconds(lambda: (model.zero_grad(set_to_none=True), step()), device, repeats)
+    return dict(tok_s=round(tok_s), step_ms=round(1e3 * seconds, 2), mfu=mfu(seconds), first_ms=round(1e3 * first_s, 2), first_mfu=mfu(first_s),
                 memory_gb=_memory_gb(device), compile_s=round(compile_s, 1),
                 **(dict(optimizer_ms=round(update_ms, 2)) if optimizers else {}),
                 kinds_ms={kind: round(ms, 2) for kind, ms in by_kind(profile_ms(step, device)).items()})
