@@ -318,6 +318,13 @@ def run_layer(block: Block, x: Tensor, x0: Tensor, early: Tensor | None, gates: 
     value_embed = None if value_table is None else F.embedding(tokens, value_table).to(x.dtype)
     return run_block(block, x, activation_checkpointing, value_embed=value_embed, **attention_args)
 
+# %% ../nbs/09_gpt.ipynb #1a17e002
+def _unfilled(make, *args, **kwargs) -> nn.Module:
+    "The module `make(*args, **kwargs)`, of matrices that `init_weights` will fill: until then they hold whatever the memory held."
+    with torch.device("meta"):
+        module = make(*args, **kwargs)
+    return module.to_empty(device=torch.get_default_device())
+
 # %% ../nbs/09_gpt.ipynb #39
 class GPT(nn.Module):
     """Decoder-only transformer: token ids (B, T) -> logits (B, T, V), or the mean loss in nats where targets are given.
@@ -333,11 +340,13 @@ class GPT(nn.Module):
         self.backend, self.compute_dtype, self.window_fraction = backend, compute_dtype, 1.0
         self._rooms: dict[int, int] = {}  # tokens of a batch -> documents that flash has room for
         value_dim = c.kv_heads * c.head_dim
-        self.embed = nn.Embedding(c.padded_vocab_size, c.model_dim)
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(c.padded_vocab_size, value_dim) for i in c.value_embed_layers})
+        if make_feed_forward is MLP:
+            make_feed_forward = partial(_unfilled, MLP)
+        self.embed = _unfilled(nn.Embedding, c.padded_vocab_size, c.model_dim)
+        self.value_embeds = nn.ModuleDict({str(i): _unfilled(nn.Embedding, c.padded_vocab_size, value_dim) for i in c.value_embed_layers})
         self.blocks = nn.ModuleList(
-            Block(CausalSelfAttention(c.model_dim, c.num_heads, c.kv_heads, c.head_dim, c.qk_norm,
-                                      value_gate=i in c.value_embed_layers, attention_gate=c.attention_gate),
+            Block(_unfilled(CausalSelfAttention, c.model_dim, c.num_heads, c.kv_heads, c.head_dim, c.qk_norm,
+                            value_gate=i in c.value_embed_layers, attention_gate=c.attention_gate),
                   make_feed_forward(c.model_dim, c.mlp_ratio))
             for i in range(c.num_layers))
         self.residual_gates = nn.Parameter(torch.ones(c.num_layers)) if c.residual_gates else None
@@ -345,7 +354,7 @@ class GPT(nn.Module):
         self.skip_gates = nn.Parameter(torch.zeros(c.num_layers // 2)) if c.depth_skips else None
         self.smear = Smear(c.model_dim) if c.smear else None
         self.backout_gate = nn.Parameter(torch.zeros(())) if c.backout else None
-        self.head = None if c.tie_head else Linear(c.model_dim, c.padded_vocab_size)
+        self.head = None if c.tie_head else _unfilled(Linear, c.model_dim, c.padded_vocab_size)
         self.extend_rope(c.max_seq_len)
         self.init_weights(seed)
 

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import daisy.gpt
+from daisy.block import MLP
 from daisy.gpt import (
     HAS_TRITON, GPT, GPTConfig, choose_loss_kernel, compile_gpt, count_parameters, cross_entropy, explain_loss_kernel, flops_per_token, soft_cap)
 from daisy.loader import IGNORE
@@ -403,6 +405,26 @@ def test_the_same_seed_gives_the_same_weights():
     first, again, other = (GPT(GPTConfig(**SHAPE), seed=seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["embed.weight"], other["embed.weight"])
+
+
+@pytest.mark.parametrize("extras", [{}, OFF, ALL, dict(tie_head=True)], ids=["default", "plain", "all", "tied"])
+def test_weights_that_are_laid_out_unfilled_end_as_if_torch_had_filled_them_first(extras, monkeypatch):
+    "The same numbers, to the bit, as over torch's own; and none is left of what the memory held."
+    def poisoned(make, *args, **kwargs):
+        module = unfilled(make, *args, **kwargs)
+        for p in module.parameters(): p.data.fill_(math.nan)
+        return module
+
+    config, unfilled, states = GPTConfig(**{**SHAPE, **extras}), daisy.gpt._unfilled, []
+    for way in (unfilled, poisoned, lambda make, *args, **kwargs: make(*args, **kwargs)):
+        monkeypatch.setattr("daisy.gpt._unfilled", way)
+        states.append(GPT(config, seed=3).state_dict())
+    for name, weight in states[0].items():
+        assert torch.equal(weight, states[1][name]) and torch.equal(weight, states[2][name]), name
+    monkeypatch.undo()
+    before = torch.random.get_rng_state()
+    GPT(GPTConfig(**SHAPE), make_feed_forward=MLP)
+    assert torch.equal(before, torch.random.get_rng_state())  # nobody else's random numbers are used up
 
 
 def test_a_large_shape_is_built_on_meta_for_nothing():
