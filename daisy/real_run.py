@@ -48,7 +48,7 @@ from .evaluate import Result, Task, export_model, measure, open_task, report
 from .generate import Decoder, Sampling, generate, generate_batch, stream_text
 from .gpt import GPT, GPTConfig, compile_gpt, count_parameters, flops_per_token
 from .loader import TokenLoader, validation_batches
-from .optim import build_optimizers, load_optimizer_state, take_step
+from .optim import build_optimizers, load_optimizer_state, state_kinds, take_step
 from .schedules import Schedule
 from .sft import QUESTIONS, TEMPLATE, build_sft_shards, encode_conversation, one_turn
 from .shards import build_corpus_shards, read_mask, read_shard, scored_tokens, shard_files, shard_length
@@ -295,7 +295,7 @@ class Run:
         self.compiled = choose_compilation(config.compile, self.device)
         self.fast_model = self._compile(like)
         self.optimizers = run_optimizers(config, self.model, self.ranks)
-        self.saver = Saver(self.directory, config.keep_checkpoints)
+        self.saver = Saver(self.directory, config.keep_checkpoints, pinned=self.device.type == "cuda")
         self.facts = run_facts(self.ranks)
         self.token_bytes = torch.from_numpy(token_byte_lengths(self.encoding))
 
@@ -349,8 +349,8 @@ class Run:
         config = self.config
         loader = TokenLoader(self.train_files, self.rows, config.max_seq_len, eos_id=self.eos_id, rank=self.ranks.rank,
                              world_size=self.ranks.world_size, mode=config.loader_mode, begin_shard=config.begin_shard,
-                             position=progress.position, vocab_size=config.vocab_size,
-                             device=self.device, loss_on_prompt=config.loss_on_prompt)
+                             position=progress.position, vocab_size=config.vocab_size, device=self.device,
+                             prefetch=max(2, self.accumulation), loss_on_prompt=config.loss_on_prompt)  # a step's batches are ready
         try:
             return self._trainer(loader, progress).train()
         finally:
@@ -376,7 +376,7 @@ class Run:
             val_snapshot_every=config.val_snapshot_every, snapshot_skip=config.snapshot_skip,
             save_checkpoint=config.save_checkpoint, log_every=config.log_every, grad_clip=config.grad_clip,
             flops_per_token=functools.cache(functools.partial(flops_per_token, self.model, config.max_seq_len)), last_checkpoint=latest_checkpoint(self.directory),
-            set_window=self.model.set_window_fraction, ranks=self.ranks)
+            set_window=self.model.set_window_fraction, after_first_step=self._make_room, ranks=self.ranks)
 
     def _log(self, start_step: int):
         "The function that the trainer logs to; its first row says what runs. Ranks but the first write none."
@@ -402,12 +402,26 @@ class Run:
         payload = dict(
             model_type=config.model_type, model_config=self.model.config.to_dict(), config=config_to_dict(config),
             encoding=encoding_to_json(self.encoding), model=self.model.state_dict(),
-            optimizers=[o.state_dict() for o in self.optimizers], random_state=random_state(), made_by=self.facts,
+            optimizers=[self._whole_state(o) for o in self.optimizers], random_state=random_state(), made_by=self.facts,
             window_fraction=self.model.window_fraction,
             **vars(progress))
         if self.is_first:
             path = self.saver.save(progress.step, payload)
         return from_first(path, self.ranks)
+
+    def _whole_state(self, optimizer) -> dict:
+        "The optimizer's state; what is collected from the ranks goes straight into the first one's copy, the others keep none of it."
+        if self.ranks.world_size == 1: return optimizer.state_dict()
+        return optimizer.state_dict(copy=self.saver.copy if self.is_first else lambda tensor: None)
+
+    def _saved_kinds(self) -> list[tuple]:
+        "(shape, dtype) of what a snapshot copies: weights and the optimizers' state."
+        return [(w.shape, w.dtype) for w in self.model.state_dict().values()] + [kind for o in self.optimizers for kind in state_kinds(o)]
+
+    def _make_room(self) -> None:
+        "Get the memory for the snapshots' copies while a GPU is at its first steps, on the rank that writes them."
+        if self.device.type == "cuda" and self.is_first and self.config.save_checkpoint:
+            self.saver.reserve(self._saved_kinds())
 
     def _print_result(self, evaluation, progress: Progress) -> None:
         config = self.config
@@ -872,23 +886,26 @@ def bench_trainer(config: TrainConfig, steps: int = 50) -> dict:
     """Median seconds of a step with the trainer and bare, and the trainer's part in it; medians of three snapshots.
 
     Both kinds take the same `steps` on the same tokens, twice in turns, and `overhead` is the median over pairs of steps.
-    `snapshot_s` is how long training waits for one, `first_snapshot_s` for the very first, and `write_s` is until it is on the disk.
+    `snapshot_s` is how long training waits for one, `first_snapshot_s` for the very first, at the end of those steps, and
+    `write_s` is until it is on the disk.
     """
     batch_tokens, pairs = config.global_batch_size * config.max_seq_len, []
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        run = Run(replace(config, checkpoint_dir=folder, save_checkpoint=False, resume="never", num_iterations=steps, val_loss_every=steps, log_every=1))
+        run = Run(replace(config, checkpoint_dir=folder, save_checkpoint=True, resume="never", num_iterations=steps, val_loss_every=steps,
+                          val_snapshot_every=1, log_every=1))
+        first_snapshots_s = []
         for _ in range(2):
             progress = Progress()
             run.fit(progress)
-            rows = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if "tok_s" in row]
-            pairs += list(zip((batch_tokens / row["tok_s"] for row in rows), _bare_seconds(run, steps)))[steps // 5:]
-        first_snapshot_s, _ = _snapshot_seconds(run, progress)  # it makes room for the copy
+            rows = read_metrics(Path(folder) / "metrics.jsonl")
+            first_snapshots_s += [row["snapshot_s"] for row in rows if "snapshot_s" in row]
+            pairs += list(zip((batch_tokens / row["tok_s"] for row in rows if "tok_s" in row), _bare_seconds(run, steps)))[steps // 5:]
         snapshot_s, write_s = map(statistics.median, zip(*(_snapshot_seconds(run, progress) for _ in range(3))))
         size_gb = latest_checkpoint(folder).stat().st_size / 1e9
     step_s, bare_s = map(statistics.median, zip(*pairs))
     overhead = statistics.median(with_trainer / bare - 1 for with_trainer, bare in pairs)
     return dict(num_layers=config.num_layers, model_dim=config.model_dim, max_seq_len=config.max_seq_len, batch_tokens=batch_tokens, steps=steps,
-                step_s=round(step_s, 5), bare_step_s=round(bare_s, 5), overhead=round(overhead, 4), snapshot_s=round(snapshot_s, 3), first_snapshot_s=round(first_snapshot_s, 3), write_s=round(write_s, 3),
+                step_s=round(step_s, 5), bare_step_s=round(bare_s, 5), overhead=round(overhead, 4), snapshot_s=round(snapshot_s, 3), first_snapshot_s=first_snapshots_s[0], write_s=round(write_s, 3),
                 snapshot_gb=round(size_gb, 3))
 
 
