@@ -114,6 +114,55 @@ def test_the_scaling_benchmark_compares_one_and_two(here):
     assert row["command"].startswith(f"daisy-bench scaling {here}/toy.yml --ranks 1,2 --device cpu embed_params_lr")
 
 
+SNAPSHOT = """
+import sys
+from pathlib import Path
+import torch
+from test_ranks import GENTLE
+from test_real_run import notes
+from daisy.config import load_config
+from daisy.distributed import join_ranks, leave_ranks
+from daisy.real_run import Run
+from daisy.trainer import Progress
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+ranks = join_ranks(rank, 2, torch.device(sys.argv[4], rank) if sys.argv[4] == "cuda" else torch.device("cpu"), sys.argv[3], 60)
+config = load_config(folder / "toy.yml", [*GENTLE, f"checkpoint_dir={folder}/room", "num_iterations=2", f"device={sys.argv[4]}", "compile=false", "attention=sdpa"])
+run, made = Run(config, ranks=ranks), []
+asked = notes(run.saver) if sys.argv[4] == "cpu" else []
+run._make_room = lambda: (run.is_first and run.saver.reserve(run._saved_kinds()), run.saver.wait(), made.append(len(asked)))
+run.fit(Progress())
+run.snapshot(Progress(step=3))
+run.saver.wait()
+pinned = [copy.is_pinned() for copies in run.saver.room.values() for copy in copies]
+torch.save(dict(asked=[str(kind) for kind in asked], made=made, pinned=pinned), folder / f"asked_{rank}.pt")
+leave_ranks(ranks)
+"""
+
+
+def snapshots_of_two(here, folder, device):
+    "What each of two ranks asked for, and the state that the first has written down."
+    (folder / "toy.yml").write_text((here / "toy.yml").read_text())
+    (folder / "script.py").write_text(SNAPSHOT)
+    processes = [subprocess.Popen([sys.executable, str(folder / "script.py"), str(rank), str(folder), (folder / "meeting").as_uri(), device],
+                                  env={**ENVIRONMENT, "PYTHONPATH": with_root()}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(errors)
+    return [torch.load(folder / f"asked_{rank}.pt", weights_only=True) for rank in range(2)], load_checkpoint(folder / "room" / "state_step_3.pt")
+
+
+def tensors_of(saved): return [saved["model"][name] for name in saved["model"]] + [
+    value for optimizer in saved["optimizers"] for state in optimizer["state"].values() for value in state.values()]
+
+
+def test_only_the_first_rank_copies_the_state_that_it_writes(here, tmp_path):
+    "Into the room that it has made ahead; the other holds no copy at all."
+    (first, other), saved = snapshots_of_two(here, tmp_path, "cpu")
+    assert other["asked"] == [] and other["pinned"] == []
+    kinds = sorted(str((tuple(value.shape), value.dtype)) for value in tensors_of(saved))
+    assert sorted(first["asked"][:first["made"][0]]) == kinds and len(first["asked"]) == len(kinds) + 2  # and two random states
+    assert all(value is not None and value.device.type == "cpu" for value in tensors_of(saved))
+
+
 # the same on GPUs, through NCCL
 
 def on_two_gpus(test):
@@ -203,6 +252,12 @@ def test_what_the_optimizers_need_at_most_falls_with_the_ranks(tmp_path):
     print(*told, sep="\n")
     assert max(first["state"], second["state"]) < 0.6 * alone["state"], told
     assert max(first["peak"], second["peak"]) < 0.85 * alone["peak"], told
+
+
+@on_two_gpus
+def test_on_gpus_only_the_first_rank_copies_and_into_pinned_memory(here, tmp_path):
+    (first, other), saved = snapshots_of_two(here, tmp_path, "cuda")
+    assert other["pinned"] == [] and len(first["pinned"]) >= len(tensors_of(saved)) and all(first["pinned"])
 
 
 @on_two_gpus
@@ -405,3 +460,18 @@ def test_what_is_launched_and_what_is_said_of_it(tmp_path, monkeypatch, capsys, 
     if started == "here": assert calls == [("here", [str(tmp_path / "c.yml")])]
     elif started: assert f"--nproc-per-node={started}" in calls[0][0] and ("--standalone" in calls[0][0]) == ("--nnodes=2" not in words)
     else: assert not calls
+
+
+def test_ranks_are_given_time_to_save(tmp_path, monkeypatch):
+    "torchrun kills them 30 s after a signal; newer torch reads how long it should wait, and what the user has set stays."
+    from torch.distributed.launcher.api import LaunchConfig
+    (tmp_path / "c.yml").write_text("num_iterations: 1\n")
+    waits = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(real_run, "_torchrun", lambda flags, argv: waits.append(getattr(LaunchConfig(1, 1, 1), "shutdown_timeout", None)) or 0)
+    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"): monkeypatch.setenv(name, "1")  # put back afterwards, like the next
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "40")
+    assert launch_main("train.py", ["-n", "2", "--", str(tmp_path / "c.yml")]) == 0
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert launch_main("train.py", ["-n", "2", "--", str(tmp_path / "c.yml")]) == 0
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(real_run.SAVING_S) and waits in ([40, real_run.SAVING_S], [None, None])
