@@ -54,7 +54,7 @@ def start(here, name, *words):
                             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err
     return out
@@ -100,7 +100,7 @@ def test_saved_on_two_resumed_on_one_and_back(here):
 
 def test_a_batch_that_does_not_divide_is_one_line(here):
     process = start(here, "seven", "-n", "2", *GENTLE, "global_batch_size=7")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("\n") == 1 and "2 ranks" in err and ("6 is the nearest" in err or "8 is the nearest" in err), err
     assert not (here / "seven").exists()
 
@@ -125,7 +125,7 @@ from daisy.distributed import join_ranks, leave_ranks
 from daisy.real_run import Run
 from daisy.trainer import Progress
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-ranks = join_ranks(rank, 2, torch.device(sys.argv[4], rank) if sys.argv[4] == "cuda" else torch.device("cpu"), sys.argv[3], 60)
+ranks = join_ranks(rank, 2, torch.device(sys.argv[4], rank) if sys.argv[4] == "cuda" else torch.device("cpu"), sys.argv[3], 200)
 config = load_config(folder / "toy.yml", [*GENTLE, f"checkpoint_dir={folder}/room", "num_iterations=2", f"device={sys.argv[4]}", "compile=false", "attention=sdpa"])
 run, made = Run(config, ranks=ranks), []
 asked = notes(run.saver) if sys.argv[4] == "cpu" else []
@@ -219,7 +219,7 @@ from daisy.distributed import join_ranks, leave_ranks
 from daisy.gpt import GPT, GPTConfig
 from daisy.optim import build_optimizers, state_bytes, take_step
 rank, world_size = int(sys.argv[1]), int(sys.argv[2])
-ranks = join_ranks(rank, world_size, torch.device("cuda", rank), sys.argv[3], 60)
+ranks = join_ranks(rank, world_size, torch.device("cuda", rank), sys.argv[3], 200)
 model = GPT(GPTConfig(vocab_size=16384, eos_token_id=0, num_layers=8, num_heads=8, head_dim=64, model_dim=512, max_seq_len=64)).cuda()
 optimizers = build_optimizers(model, ranks=ranks, embed_params_lr=0.1, value_embed_lr=0.1, scalar_params_lr=0.01, hidden_matrix_params_lr=0.02, head_params_lr=0.01)
 for step in range(3):
@@ -243,7 +243,7 @@ def test_what_the_optimizers_need_at_most_falls_with_the_ranks(tmp_path):
         meeting = (tmp_path / f"meeting_{number}").as_uri()
         ranks = [subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(rank), str(number), meeting, str(tmp_path / str(number))],
                                   env={**ENVIRONMENT, "PYTHONPATH": with_root()}, stderr=subprocess.PIPE, text=True) for rank in range(number)]
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
+        errors = [process.communicate(timeout=300)[1] for process in ranks]
         assert not any(process.returncode for process in ranks), "\n".join(errors)
         needs[number] = [torch.load(tmp_path / str(number) / f"{rank}.pt", weights_only=True) for rank in range(number)]
     (alone,), (first, second) = needs[1], needs[2]
@@ -264,7 +264,7 @@ def test_on_gpus_only_the_first_rank_copies_and_into_pinned_memory(here, tmp_pat
 def test_mistakes_on_gpus_are_one_line_too(here):
     for words, told in ((["global_batch_size=7"], "2 ranks"), (["train_files=nowhere/*.bin"], "nowhere/*.bin")):
         process = start(here, "wrong", "-n", "2", *GENTLE, *ON_GPUS, *words)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 1 and err.count("\n") == 1 and told in err, err
 
 
@@ -276,7 +276,7 @@ import torch
 from test_ranks import unequal
 from daisy.distributed import join_ranks, leave_ranks
 rank, world_size = int(sys.argv[1]), int(sys.argv[2])
-ranks = join_ranks(rank, world_size, torch.device("cpu"), sys.argv[3], 60)
+ranks = join_ranks(rank, world_size, torch.device("cpu"), sys.argv[3], 200)
 torch.save(unequal(ranks), f"{sys.argv[4]}/{rank}.pt")
 leave_ranks(ranks)
 """
@@ -312,7 +312,7 @@ def test_the_mean_is_over_the_targets_of_all_ranks(tmp_path, number):
     processes = [subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(rank), str(number), meeting, str(tmp_path)], env=env,
                                   stderr=subprocess.PIPE, text=True) for rank in range(number)]
     for process in processes:
-        err = process.communicate(timeout=120)[1]
+        err = process.communicate(timeout=300)[1]
         assert process.returncode == 0, err
     alone = unequal(Ranks())
     for rank in range(number):
@@ -353,7 +353,7 @@ def test_a_killed_rank_ends_the_run_in_one_line(here, lost, more):
     wait_for_lines(process, here / name / "metrics.jsonl", 6)
     began = time.monotonic()
     os.kill(ranks_of(process)[lost], signal.SIGKILL)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=200)
     gone_s = time.monotonic() - began
     assert err.count("\n") == 1 and f"rank {lost} " in err and "SIGKILL" in err, err
     assert process.returncode == 128 + signal.SIGKILL and gone_s < 60, gone_s
@@ -365,7 +365,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves(here, signum, more):
     process = start(here, name, "-n", "2", *LONG, *more)
     wait_for_lines(process, here / name / "metrics.jsonl", 6)
     for pid in (process.pid, *ranks_of(process).values()): os.kill(pid, signum)  # a scheduler tells all of them
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 128 + signum
     assert err.count("\n") == 1 and f"stopped by {signal.Signals(signum).name}" in err, err
     last = losses(here / name)[-1][0]
@@ -375,14 +375,14 @@ def test_a_signal_to_the_launcher_saves_and_leaves(here, signum, more):
 
 def test_a_mistake_that_all_ranks_notice_is_said_once(here):
     process = start(here, "nowhere", "-n", "2", "train_files=nowhere/*.bin")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("\n") == 1 and "nowhere/*.bin" in err, err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_said_once(here):
     process = start(here, "nowhere", "-n", "3", "device=cuda")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("\n") == 1 and "device=cuda needs a CUDA GPU" in err, err
 
 

@@ -73,13 +73,14 @@ def start(here, name, *overrides):
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def wait_for_lines(process, path, count, timeout_s=120):
+def wait_for_lines(process, path, count, timeout_s=300):
     "Until the log has so many lines, or the process has ended."
     end = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < end:
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return
         time.sleep(0.002)
+    assert process.poll() is not None, f"{path} hasn't got {count} lines within {timeout_s} s"
 
 
 def test_a_snapshot_taken_while_windows_grow_is_sampled_with_those_windows(here, reference):
@@ -116,7 +117,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(here, reference, lines)
     process.kill()
     process.communicate()
     again = start(here, name)
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     # killed before its first snapshot (step 4), a run begins anew and its few rows are written again
     assert losses(here / name) == reference
@@ -143,7 +144,7 @@ def test_sigterm_saves_and_leaves_with_its_code(here, reference):
     process = start(here, "terminated", "num_iterations=5000", "schedule_total_iters=24", "val_loss_every=4000")
     wait_for_lines(process, here / "terminated" / "metrics.jsonl", 6)
     process.terminate()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "the same command goes on from here" in err and "Traceback" not in err
     last = losses(here / "terminated")[-1][0]
