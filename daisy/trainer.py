@@ -276,14 +276,18 @@ class Trainer:
     def train(self) -> Evaluation:
         "Train to the last step and return the last validation. Raises TrainingStopped, BadLoss or RankLost."
         several, first = self.ranks.world_size > 1, self.ranks.rank == 0
-        with (catch_signals(same_within_s=5.0 * several) as self.caught,
-              progress_bar(self.progress.step, self.num_iterations, show=first) as self.bar):
-            try:
+        try:
+            with (catch_signals(same_within_s=5.0 * several) as self.caught,
+                  progress_bar(self.progress.step, self.num_iterations, show=first) as self.bar):
                 return self._train()
-            except RankLost as lost:
-                if self.caught:  # whoever ends the other ranks has told us too, and says why
-                    raise SystemExit(128 + self.caught[0]) from lost
-                raise
+        except RankLost as lost:
+            if self.caught:  # whoever ends the other ranks has told us too, and says why
+                raise SystemExit(128 + self.caught[0]) from lost
+            raise
+        except TrainingStopped:
+            if several and threading.current_thread() is threading.main_thread():
+                signal.signal(self.stop_signal, signal.SIG_IGN)  # a launcher may pass on late what stopped us: now the file is written
+            raise
 
     def _train(self) -> Evaluation:
         p, evaluation = self.progress, None
