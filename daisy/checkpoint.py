@@ -10,10 +10,11 @@ import os
 import pickle
 import random
 import re
+import sys
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -107,44 +108,73 @@ def latest_checkpoint(directory) -> Path | None:
     return path if path in files else files[-1] if files else None
 
 # %% ../nbs/15_checkpoint.ipynb #e15b0002
+def _host_memory(shape: tuple, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+
+
 class Saver:
     """Saves in the background: `save` copies the payload to the CPU, hands it to a thread and returns.
 
-    The copy's memory is used again, so one more payload is held on the CPU. `save` and `wait` first let the save before
-    end, and raise what went wrong with it.
+    The copies' memory is used again, so one more payload is held on the CPU. For one on a GPU it should be `pinned`, and
+    `reserve` gets it ahead from `allocate(shape, dtype, pinned)`; where that fails, ordinary memory has to do. Every call
+    but `reserve` first lets what is under way end, and raises what went wrong with it.
     """
 
-    def __init__(self, directory, keep: int = 2):
-        self.directory, self.keep = Path(directory), keep
-        self.copies: dict[tuple, torch.Tensor] = {}
-        self.thread, self.writing = ThreadPoolExecutor(1, thread_name_prefix="daisy-save"), None
+    def __init__(self, directory, keep: int = 2, pinned: bool = False, allocate: Callable[..., torch.Tensor] = _host_memory):
+        self.directory, self.keep, self.pinned, self.allocate = Path(directory), keep, pinned, allocate
+        self.room: dict[tuple, list[torch.Tensor]] = {}  # by shape and dtype: memory that holds nothing to be kept
+        self.copies: dict[int, torch.Tensor] = {}        # by id: what the next `save` will write
+        self.thread, self.under_way = ThreadPoolExecutor(1, thread_name_prefix="daisy-save"), deque[Future]()
+
+    def reserve(self, kinds: Iterable[tuple]) -> None:
+        "Make room in the background for a copy of tensors of these kinds, (shape, dtype) each, where there is none yet."
+        self.under_way.append(self.thread.submit(self._reserve, [(tuple(shape), dtype) for shape, dtype in kinds]))
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        "A copy of `tensor` that the next `save` takes as it is. From a GPU it is only begun; that `save` waits for it."
+        self.wait()
+        kind = tuple(tensor.shape), tensor.dtype
+        target = self.room[kind].pop() if self.room.get(kind) else self._allocated(*kind)
+        self.copies[id(target)] = target
+        return target.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
     def save(self, step: int, payload: dict) -> Path:
         self.wait()
         _refuse_objects(payload)
-        before, self.copies = self.copies, {}
-        copy = self._copied(payload, before, {}, ())
-        if torch.cuda.is_initialized(): torch.cuda.synchronize()  # copies from a GPU have only been started
-        self.writing = self.thread.submit(save_checkpoint, self.directory, step, copy, self.keep)
+        copied, self.room = self._copied(payload, {}), {}
+        if torch.cuda.is_initialized(): torch.cuda.synchronize()  # copies from a GPU have only been begun
+        for copy in self.copies.values(): self.room.setdefault((tuple(copy.shape), copy.dtype), []).append(copy)
+        self.copies = {}
+        self.under_way.append(self.thread.submit(save_checkpoint, self.directory, step, copied, self.keep))
         return self.directory / f"state_step_{step}.pt"
 
     def wait(self) -> None:
-        writing, self.writing = self.writing, None
-        if writing is not None: writing.result()
+        while self.under_way: self.under_way.popleft().result()
 
-    def _copied(self, value, before: dict, seen: dict, place: tuple):
-        "`value` with its tensors copied into those of `before` that stood at the same `place`; tied ones stay tied."
-        if isinstance(value, dict): return type(value)((key, self._copied(item, before, seen, (*place, key))) for key, item in value.items())
-        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            return type(value)(self._copied(item, before, seen, (*place, i)) for i, item in enumerate(value))
-        if not isinstance(value, torch.Tensor): return value
+    def _copied(self, value, seen: dict):
+        "`value` with its tensors copied; tied ones stay tied."
+        if isinstance(value, dict): return type(value)((key, self._copied(item, seen)) for key, item in value.items())
+        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size): return type(value)(self._copied(item, seen) for item in value)
+        if not isinstance(value, torch.Tensor) or id(value) in self.copies: return value
         alias = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if alias in seen and value.numel(): return seen[alias]
-        target = before.get(place)
-        if target is None or (target.shape, target.dtype) != (value.shape, value.dtype):
-            target = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        self.copies[place] = seen[alias] = target.copy_(value.detach(), non_blocking=value.is_cuda)
-        return target
+        if alias not in seen or not value.numel(): seen[alias] = self.copy(value)
+        return seen[alias]
+
+    def _reserve(self, kinds: list[tuple]) -> None:
+        missing = Counter(kinds) - Counter({kind: len(room) for kind, room in self.room.items()})
+        for kind in missing.elements():
+            if not self.pinned: return  # ordinary memory is quickly had
+            self.room.setdefault(kind, []).append(self._allocated(*kind))
+
+    def _allocated(self, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
+        if self.pinned:
+            try:
+                return self.allocate(shape, dtype, True)
+            except (RuntimeError, MemoryError) as error:
+                self.pinned = False
+                print(f"snapshots: no more memory of this machine can be pinned ({' '.join(str(error).split())[:100]}), so training "
+                      "will wait longer for each", file=sys.stderr)
+        return self.allocate(shape, dtype, False)
 
 # %% ../nbs/15_checkpoint.ipynb #34
 def _damage(path: Path) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from traceback import clear_frames
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,7 @@ def _or_rank_lost(ranks: Ranks):
     try:
         yield
     except RuntimeError as error:
+        clear_frames(error.__traceback__)       # of what has failed: they hold the group, and its connections open
         if dist.is_initialized(): dist.destroy_process_group()
         missing = _missing(ranks, "alive", _ROLL_CALL_S)
         who = f"rank {', '.join(map(str, missing))}" if missing else "some rank"

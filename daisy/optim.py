@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'parameter_groups', 'update_to_weight_ratios', 'build_optimizers', 'Sharded', 'gradient_norm', 'take_step',
-           'state_bytes', 'load_optimizer_state']
+           'state_bytes', 'state_kinds', 'load_optimizer_state']
 
 # %% ../nbs/12_optim.ipynb #2
 # Legend: a piece is what one rank owns of a parameter, a view of the parameter's own memory.
@@ -125,11 +125,15 @@ class _Stack:
         if not tensors: return torch.empty(0, *shape, dtype=dtype, device=self.ranks.device)
         return torch.stack([tensor.detach().to(self.ranks.device) for tensor in tensors])
 
-    def whole_state(self, states, kinds):
-        "Every parameter's state, from those of the pieces on all ranks; `kinds` is name → (shape, dtype, value)."
-        whole = {name: all_gather(self._stacked([state[name] for state in states], shape, dtype), self.number, self.ranks).wait().cpu()
-                 for name, (shape, dtype, _) in kinds.items()}
-        return [{name: whole[name][i].clone() for name in whole} for i in range(self.number)]
+    def whole_state(self, states, kinds, copy):
+        "Every parameter's state, from those of the pieces on all ranks, as `copy` gives it; `kinds` is name → (shape, dtype, value)."
+        whole = {}
+        for name, (shape, dtype, _) in kinds.items():
+            stack = all_gather(self._stacked([state[name] for state in states], shape, dtype), self.number, self.ranks).wait()
+            whole[name] = [copy(one) for one in stack]
+        return [{name: whole[name][i] for name in whole} for i in range(self.number)]
+
+    def whole_shape(self, shape): return shape
 
     def own_state(self, states): return states[self.own]
 
@@ -153,12 +157,14 @@ class _Rows:
 
     def write(self, whole): self.table.copy_(whole)
 
-    def whole_state(self, states, kinds):
+    def whole_state(self, states, kinds, copy):
         def whole(name, shape, dtype, value):
-            if not shape: return torch.tensor(value, dtype=dtype)                       # a step count, the same everywhere
+            if not shape: return copy(torch.tensor(value, dtype=dtype))                 # a step count, the same everywhere
             rows = states[0][name] if states else torch.empty(0, *shape[1:], dtype=dtype, device=self.ranks.device)
-            return all_gather(rows, self.number, self.ranks).wait().cpu()
+            return copy(all_gather(rows, self.number, self.ranks).wait())
         return [{name: whole(name, *kind) for name, kind in kinds.items()}]
+
+    def whole_shape(self, shape): return shape and (self.number, *shape[1:])
 
     def own_state(self, states):
         return [state and {name: value[self.own] if value.ndim else value for name, value in state.items()} for state in states]
@@ -180,7 +186,9 @@ class _Copies:
 
     def write(self, nothing): pass
 
-    def whole_state(self, states, kinds): return [{name: value.cpu().clone() for name, value in state.items()} for state in states]
+    def whole_state(self, states, kinds, copy): return [{name: copy(value) for name, value in state.items()} for state in states]
+
+    def whole_shape(self, shape): return shape
 
     def own_state(self, states): return states
 
@@ -195,6 +203,9 @@ def _parts(group, ranks):
 
 
 _UNDER_WAY = 2      # parts that are sent off before the first of them is written down: more would only take memory
+
+
+def _to_cpu(tensor): return tensor.to("cpu", copy=True)
 
 
 class Sharded:
@@ -266,13 +277,25 @@ class Sharded:
     def zero_grad(self, set_to_none=True):
         for p in self.params: p.grad = None
 
-    def state_dict(self):
-        "The whole state, on the CPU, as the undivided optimizer would give it; the same on all ranks."
-        states = [[self.inner.state[piece] for piece in part.pieces if piece in self.inner.state] for part in self.parts]
+    def _states(self):
+        "The state of this rank's pieces, part by part."
+        return [[self.inner.state[piece] for piece in part.pieces if piece in self.inner.state] for part in self.parts]
+
+    def state_kinds(self):
+        "(shape, dtype) of each tensor in the whole state, without asking the others; for the first rank, which has a piece of everything."
+        return [(part.whole_shape(tuple(value.shape)), value.dtype) for part, own in zip(self.parts, self._states()) if own
+                for value in own[0].values() for _ in part.params]
+
+    def state_dict(self, copy=_to_cpu):
+        """The whole state, as the undivided optimizer would give it; the same on all ranks.
+
+        Tensor after tensor is collected and handed to `copy`, whose answer is kept: one that answers None saves the memory.
+        """
+        states = self._states()
         kinds = from_first([{name: (tuple(value.shape), value.dtype, None if value.ndim else value.item())
                              for name, value in own[0].items()} if own else {} for own in states], self.ranks)
         whole = {p: state for part, own, kind in zip(self.parts, states, kinds) if kind
-                 for p, state in zip(part.params, part.whole_state(own, kind))}
+                 for p, state in zip(part.params, part.whole_state(own, kind, copy))}
         ids = iter(range(len(self.params)))
         groups = [{**{key: value for key, value in group.items() if key != "params"}, "params": [next(ids) for _ in range(size)]}
                   for group, size in zip(self.param_groups, self.sizes)]
@@ -327,6 +350,12 @@ def state_bytes(optimizers):
     "Bytes that the state of these optimizers takes in this process."
     inner = [o.inner if isinstance(o, Sharded) else o for o in optimizers]
     return sum(value.nbytes for o in inner for state in o.state.values() for value in state.values() if isinstance(value, Tensor))
+
+
+def state_kinds(optimizer):
+    "(shape, dtype) of each tensor that `optimizer.state_dict()` gives on the first rank: what a copy of it takes."
+    if isinstance(optimizer, Sharded): return optimizer.state_kinds()
+    return [(tuple(value.shape), value.dtype) for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 # %% ../nbs/12_optim.ipynb #39
 def load_optimizer_state(optimizer, state_dict):

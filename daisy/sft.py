@@ -100,9 +100,8 @@ def first_paragraph(docstring: str) -> str:
 
 # %% ../nbs/18_sft.ipynb #22
 USUAL_NAMES = {"posixpath": "os.path", "genericpath": "os.path"}  # what users write for where the source stands
-PHRASINGS = {"": ("What does `{}` do?", "What does {} do?", "What is {} for?", "Explain `{}`."),
-             "class": ("What is the class `{}`?", "What is {}?", "What is {} for?", "Explain `{}`."),
-             "module": ("What is the module `{}`?", "What is {}?", "What is {} for?", "Explain `{}`.")}
+PHRASINGS = {"": ("What does `{}` do?", "What does {} do?"), "class": ("What is the class `{}`?", "What is {}?"),
+             "module": ("What is the module `{}`?", "What is {}?")}
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def _open_source(name, max_bad, hub_folder, progress):
     "(messages, whom it belongs to, split or None) of each conversation: a split is given where the source decides it."
     if name == QUESTIONS:
         return ((one_turn(words, q.answer), split) for split in ("train", "val") for q in python_questions(split)
-                for words in q.phrasings[:2 if split == "train" else 1])
+                for words in (q.phrasings if split == "train" else q.phrasings[:1]))
     if Path(name).exists() or glob.has_magic(name): files = [name]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", name) and not name.lower().endswith((".jsonl", ".parquet", ".gz", ".zst")):
         files = download_dataset(name, hub_folder, progress=progress)

@@ -49,19 +49,26 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, t
     """
     was_training, losses, counts, lengths = model.training, [], [], []
     model.eval()
+    token_bytes = None if token_bytes is None else token_bytes.to(device)
     for batch in batches:
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
+        inputs, targets = _sent(batch.inputs, device), _sent(batch.targets, device)  # (B, T)
         scored = targets != IGNORE
         losses.append(model(inputs, targets))
         counts.append(scored.sum())
         if token_bytes is not None:
-            lengths.append((token_bytes.to(device)[targets.clamp(min=0)] * scored).sum())
+            lengths.append((token_bytes[targets.clamp(min=0)] * scored).sum())
     model.train(was_training)
     nats = sum(loss.item() * int(count) for loss, count in zip(losses, counts) if count)  # read here, once all batches are under way
     nats, tokens, num_bytes = _summed([nats, sum(map(int, counts)), sum(map(int, lengths))], ranks)
     if tokens == 0:
         raise ValueError("nothing to validate on: the validation files hold no target token")
     return Evaluation(nats / tokens, bits_per_byte(nats, num_bytes) if num_bytes else None, int(tokens))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    "The tensor on `device`; to a GPU without waiting until that has done what it was given before."
+    if device.type != "cuda": return tensor.to(device)
+    return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def _summed(numbers: list[float], ranks: Ranks) -> list[float]:
@@ -239,7 +246,8 @@ class Trainer:
     It is handed everything: the model, its optimizers, a schedule, an endless loader, and three functions:
     `validate() -> Evaluation`, `snapshot(progress) -> path` and `log(**row)`. `last_checkpoint` is what `progress` came from;
     `set_window(fraction)`, if given, is told how much of the attention windows the schedule lets the model see, and
-    `flops_per_token(fraction)` says what a token then costs, for the MFU.
+    `flops_per_token(fraction)` says what a token then costs, for the MFU. `after_first_step()` is called as soon as the first
+    step is under way and the optimizers have their state, which a snapshot will need room for.
 
     Several `ranks` train together: each has its own trainer and loader, all do the same at the same step, and the first
     alone shows and logs. `snapshot` is called on all, since each holds a part of the optimizers' state.
@@ -250,7 +258,7 @@ class Trainer:
                  log: Callable[..., None], progress: Progress, num_iterations: int, val_loss_every: int, val_snapshot_every: int = 1,
                  snapshot_skip: int = 0, save_checkpoint: bool = True, log_every: int = 1, grad_clip: float = 0.0,
                  flops_per_token: Callable[[float], float] | None = None, last_checkpoint: object = None, set_window: Callable[[float], None] | None = None,
-                 ranks: Ranks = Ranks()):
+                 after_first_step: Callable[[], None] = lambda: None, ranks: Ranks = Ranks()):
         self.model, self.optimizers, self.schedule, self.loader = model, optimizers, schedule, loader
         self.accumulation_steps, self.device, self.grad_clip = accumulation_steps, device, grad_clip
         self.validate, self.snapshot, self.progress, self.ranks = validate, snapshot, progress, ranks
@@ -258,7 +266,8 @@ class Trainer:
         self.num_iterations, self.val_loss_every, self.val_snapshot_every = num_iterations, val_loss_every, val_snapshot_every
         self.snapshot_skip, self.save_checkpoint, self.log_every = snapshot_skip, save_checkpoint, log_every
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(device)
-        self.last_checkpoint, self.saved_step, self.set_window = last_checkpoint, progress.step, set_window
+        self.last_checkpoint, self.saved_step, self.first_step = last_checkpoint, progress.step, progress.step + 1
+        self.set_window, self.after_first_step = set_window, after_first_step
         self.unread: deque[_Unread] = deque()
         self.caught: list[int] = []  # signals that this process has got
         self.stop_signal = 0         # the first that all ranks know of
@@ -267,14 +276,18 @@ class Trainer:
     def train(self) -> Evaluation:
         "Train to the last step and return the last validation. Raises TrainingStopped, BadLoss or RankLost."
         several, first = self.ranks.world_size > 1, self.ranks.rank == 0
-        with (catch_signals(same_within_s=5.0 * several) as self.caught,
-              progress_bar(self.progress.step, self.num_iterations, show=first) as self.bar):
-            try:
+        try:
+            with (catch_signals(same_within_s=5.0 * several) as self.caught,
+                  progress_bar(self.progress.step, self.num_iterations, show=first) as self.bar):
                 return self._train()
-            except RankLost as lost:
-                if self.caught:  # whoever ends the other ranks has told us too, and says why
-                    raise SystemExit(128 + self.caught[0]) from lost
-                raise
+        except RankLost as lost:
+            if self.caught:  # whoever ends the other ranks has told us too, and says why
+                raise SystemExit(128 + self.caught[0]) from lost
+            raise
+        except TrainingStopped:
+            if several and threading.current_thread() is threading.main_thread():
+                signal.signal(self.stop_signal, signal.SIG_IGN)  # a launcher may pass on late what stopped us: now the file is written
+            raise
 
     def _train(self) -> Evaluation:
         p, evaluation = self.progress, None
@@ -284,6 +297,8 @@ class Trainer:
         self.clock = self._now()
         while p.step < self.num_iterations:
             self._report(self.train_step())
+            if p.step == self.first_step:
+                self.after_first_step()
             if self._is_due(self.val_loss_every):
                 evaluation = self._validate()
             if self.stop_signal or self._snapshot_due():

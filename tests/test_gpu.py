@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_real_run import CONFIG
 
 from daisy.attention import explain_backend, flash_installed
+from daisy.checkpoint import Saver, load_checkpoint
+from daisy.config import load_config
 from daisy.generate import Decoder, Replayed, Sampling, generate_batch, prefill, reading_copy
 from daisy.gpt import GPT, GPTConfig, compile_gpt, cross_entropy, explain_loss_kernel, soft_cap
-from daisy.loader import IGNORE
+from daisy.loader import IGNORE, TokenLoader
+from daisy.real_run import Run, prepare_data
+from daisy.trainer import Progress
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ROOT = Path(__file__).parent.parent
@@ -146,6 +151,69 @@ def test_tiny_config_trains_on_the_gpu(tmp_path):
     sample = subprocess.run([sys.executable, "sample.py", str(tmp_path / "checkpoints" / "state_step_30.pt"), "--raw", "--prompt", "The ",
                              "--max_tokens", "20", "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
     assert sample.returncode == 0 and len(sample.stdout) > 10, sample.stderr
+
+
+# training without waiting
+
+def toy_run(folder, *changes):
+    "A small run on the GPU, with shards of its own."
+    (folder / "texts").mkdir()
+    for number in range(30):
+        (folder / "texts" / f"{number}.txt").write_text(" ".join(f"{n} times {number} is {n * number}." for n in range(200)))
+    (folder / "toy.yml").write_text(CONFIG.format(here=folder))
+    config = load_config(folder / "toy.yml", ["device=cuda", "head_dim=64", "model_dim=128", f"checkpoint_dir={folder}/run", "sample_tokens=0", *changes])
+    prepare_data(config)
+    return Run(config)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("attention, how", [("sdpa", "false"), ("auto", "layers")])
+def test_a_step_never_waits_for_the_gpu(tmp_path, attention, how, optimizer):
+    "Nothing is read back and no copy waited for: torch is told to make an error of it. 4,096 tokens, so that tables get their gradients sorted."
+    run = toy_run(tmp_path, f"attention={attention}", f"compile={how}", f"optimizer={optimizer}", "global_batch_size=128", "device_batch_size=64", "grad_clip=1")
+    loader = TokenLoader(run.train_files, run.rows, run.config.max_seq_len, eos_id=run.eos_id, device=run.device, prefetch=run.accumulation)
+    trainer = run._trainer(loader, Progress())
+    assert run.accumulation == 2
+    for _ in range(3): trainer.train_step()  # compiles, and counts documents where the kernel wants to know
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"): torch.ones(1, device="cuda").item()  # so it would notice
+        steps = [trainer.train_step() for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        loader.close()
+    torch.cuda.synchronize()
+    assert all(step.values.isfinite().all() and step.values.is_pinned() for step in steps)
+
+
+def test_room_for_snapshots_is_pinned_and_made_once(tmp_path):
+    weights = {str(i): torch.randn(1000, 1000, device="cuda") for i in range(8)} | {"on the CPU": torch.arange(3)}
+    saver = Saver(tmp_path, pinned=True)
+    saver.reserve([(w.shape, w.dtype) for w in weights.values()])
+    saver.wait()
+    room = {copy.data_ptr() for copies in saver.room.values() for copy in copies}
+    assert len(room) == 9 and all(copy.is_pinned() for copies in saver.room.values() for copy in copies)
+    for step in (1, 2):
+        expected = {name: w.cpu().clone() for name, w in weights.items()}
+        path = saver.save(step, dict(weights))
+        for w in weights.values(): w.add_(1)  # at once
+        saver.wait()
+        saved = load_checkpoint(path)
+        assert all(torch.equal(saved[name], w) for name, w in expected.items())
+        assert {copy.data_ptr() for copies in saver.room.values() for copy in copies} == room
+
+
+def test_a_run_makes_room_for_its_snapshots_behind_its_first_step(tmp_path):
+    run, asked = toy_run(tmp_path, "attention=sdpa", "compile=false", "num_iterations=6", "val_loss_every=3"), []
+    allocate, run.saver.allocate = run.saver.allocate, lambda *how: (asked.append(how), allocate(*how))[1]
+    room = []
+    make_room, run._make_room = run._make_room, lambda: (make_room(), room.append((len(asked), len(run._saved_kinds()))))
+    run.fit(Progress())
+    (before, kinds), = room
+    assert before <= kinds <= len(asked) <= kinds + 3 and all(pinned for *_, pinned in asked)  # and the states of the random generators
+    saved = load_checkpoint(tmp_path / "run" / "state_step_6.pt")
+    for name, w in run.model.state_dict().items(): assert torch.equal(saved["model"][name], w.cpu())
 
 
 # decoding: recorded steps

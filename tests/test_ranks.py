@@ -54,7 +54,7 @@ def start(here, name, *words):
                             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err
     return out
@@ -100,7 +100,7 @@ def test_saved_on_two_resumed_on_one_and_back(here):
 
 def test_a_batch_that_does_not_divide_is_one_line(here):
     process = start(here, "seven", "-n", "2", *GENTLE, "global_batch_size=7")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("\n") == 1 and "2 ranks" in err and ("6 is the nearest" in err or "8 is the nearest" in err), err
     assert not (here / "seven").exists()
 
@@ -112,6 +112,55 @@ def test_the_scaling_benchmark_compares_one_and_two(here):
     assert row["ranks"] == [1, 2] and row["speedup_2gpu"] > 0 and row["loss_gap"] < 1e-4 and row["batch_tokens"] == 12 * 64
     assert 0 < row["optimizer_gb"][1] < 0.7 * row["optimizer_gb"][0] and all(seconds > 0 for seconds in row["snapshot_s"])
     assert row["command"].startswith(f"daisy-bench scaling {here}/toy.yml --ranks 1,2 --device cpu embed_params_lr")
+
+
+SNAPSHOT = """
+import sys
+from pathlib import Path
+import torch
+from test_ranks import GENTLE
+from test_real_run import notes
+from daisy.config import load_config
+from daisy.distributed import join_ranks, leave_ranks
+from daisy.real_run import Run
+from daisy.trainer import Progress
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+ranks = join_ranks(rank, 2, torch.device(sys.argv[4], rank) if sys.argv[4] == "cuda" else torch.device("cpu"), sys.argv[3], 200)
+config = load_config(folder / "toy.yml", [*GENTLE, f"checkpoint_dir={folder}/room", "num_iterations=2", f"device={sys.argv[4]}", "compile=false", "attention=sdpa"])
+run, made = Run(config, ranks=ranks), []
+asked = notes(run.saver) if sys.argv[4] == "cpu" else []
+run._make_room = lambda: (run.is_first and run.saver.reserve(run._saved_kinds()), run.saver.wait(), made.append(len(asked)))
+run.fit(Progress())
+run.snapshot(Progress(step=3))
+run.saver.wait()
+pinned = [copy.is_pinned() for copies in run.saver.room.values() for copy in copies]
+torch.save(dict(asked=[str(kind) for kind in asked], made=made, pinned=pinned), folder / f"asked_{rank}.pt")
+leave_ranks(ranks)
+"""
+
+
+def snapshots_of_two(here, folder, device):
+    "What each of two ranks asked for, and the state that the first has written down."
+    (folder / "toy.yml").write_text((here / "toy.yml").read_text())
+    (folder / "script.py").write_text(SNAPSHOT)
+    processes = [subprocess.Popen([sys.executable, str(folder / "script.py"), str(rank), str(folder), (folder / "meeting").as_uri(), device],
+                                  env={**ENVIRONMENT, "PYTHONPATH": with_root()}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(errors)
+    return [torch.load(folder / f"asked_{rank}.pt", weights_only=True) for rank in range(2)], load_checkpoint(folder / "room" / "state_step_3.pt")
+
+
+def tensors_of(saved): return [saved["model"][name] for name in saved["model"]] + [
+    value for optimizer in saved["optimizers"] for state in optimizer["state"].values() for value in state.values()]
+
+
+def test_only_the_first_rank_copies_the_state_that_it_writes(here, tmp_path):
+    "Into the room that it has made ahead; the other holds no copy at all."
+    (first, other), saved = snapshots_of_two(here, tmp_path, "cpu")
+    assert other["asked"] == [] and other["pinned"] == []
+    kinds = sorted(str((tuple(value.shape), value.dtype)) for value in tensors_of(saved))
+    assert sorted(first["asked"][:first["made"][0]]) == kinds and len(first["asked"]) == len(kinds) + 2  # and two random states
+    assert all(value is not None and value.device.type == "cpu" for value in tensors_of(saved))
 
 
 # the same on GPUs, through NCCL
@@ -170,7 +219,7 @@ from daisy.distributed import join_ranks, leave_ranks
 from daisy.gpt import GPT, GPTConfig
 from daisy.optim import build_optimizers, state_bytes, take_step
 rank, world_size = int(sys.argv[1]), int(sys.argv[2])
-ranks = join_ranks(rank, world_size, torch.device("cuda", rank), sys.argv[3], 60)
+ranks = join_ranks(rank, world_size, torch.device("cuda", rank), sys.argv[3], 200)
 model = GPT(GPTConfig(vocab_size=16384, eos_token_id=0, num_layers=8, num_heads=8, head_dim=64, model_dim=512, max_seq_len=64)).cuda()
 optimizers = build_optimizers(model, ranks=ranks, embed_params_lr=0.1, value_embed_lr=0.1, scalar_params_lr=0.01, hidden_matrix_params_lr=0.02, head_params_lr=0.01)
 for step in range(3):
@@ -194,7 +243,7 @@ def test_what_the_optimizers_need_at_most_falls_with_the_ranks(tmp_path):
         meeting = (tmp_path / f"meeting_{number}").as_uri()
         ranks = [subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(rank), str(number), meeting, str(tmp_path / str(number))],
                                   env={**ENVIRONMENT, "PYTHONPATH": with_root()}, stderr=subprocess.PIPE, text=True) for rank in range(number)]
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
+        errors = [process.communicate(timeout=300)[1] for process in ranks]
         assert not any(process.returncode for process in ranks), "\n".join(errors)
         needs[number] = [torch.load(tmp_path / str(number) / f"{rank}.pt", weights_only=True) for rank in range(number)]
     (alone,), (first, second) = needs[1], needs[2]
@@ -206,10 +255,16 @@ def test_what_the_optimizers_need_at_most_falls_with_the_ranks(tmp_path):
 
 
 @on_two_gpus
+def test_on_gpus_only_the_first_rank_copies_and_into_pinned_memory(here, tmp_path):
+    (first, other), saved = snapshots_of_two(here, tmp_path, "cuda")
+    assert other["pinned"] == [] and len(first["pinned"]) >= len(tensors_of(saved)) and all(first["pinned"])
+
+
+@on_two_gpus
 def test_mistakes_on_gpus_are_one_line_too(here):
     for words, told in ((["global_batch_size=7"], "2 ranks"), (["train_files=nowhere/*.bin"], "nowhere/*.bin")):
         process = start(here, "wrong", "-n", "2", *GENTLE, *ON_GPUS, *words)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 1 and err.count("\n") == 1 and told in err, err
 
 
@@ -221,7 +276,7 @@ import torch
 from test_ranks import unequal
 from daisy.distributed import join_ranks, leave_ranks
 rank, world_size = int(sys.argv[1]), int(sys.argv[2])
-ranks = join_ranks(rank, world_size, torch.device("cpu"), sys.argv[3], 60)
+ranks = join_ranks(rank, world_size, torch.device("cpu"), sys.argv[3], 200)
 torch.save(unequal(ranks), f"{sys.argv[4]}/{rank}.pt")
 leave_ranks(ranks)
 """
@@ -257,7 +312,7 @@ def test_the_mean_is_over_the_targets_of_all_ranks(tmp_path, number):
     processes = [subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(rank), str(number), meeting, str(tmp_path)], env=env,
                                   stderr=subprocess.PIPE, text=True) for rank in range(number)]
     for process in processes:
-        err = process.communicate(timeout=120)[1]
+        err = process.communicate(timeout=300)[1]
         assert process.returncode == 0, err
     alone = unequal(Ranks())
     for rank in range(number):
@@ -298,7 +353,7 @@ def test_a_killed_rank_ends_the_run_in_one_line(here, lost, more):
     wait_for_lines(process, here / name / "metrics.jsonl", 6)
     began = time.monotonic()
     os.kill(ranks_of(process)[lost], signal.SIGKILL)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=200)
     gone_s = time.monotonic() - began
     assert err.count("\n") == 1 and f"rank {lost} " in err and "SIGKILL" in err, err
     assert process.returncode == 128 + signal.SIGKILL and gone_s < 60, gone_s
@@ -310,7 +365,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves(here, signum, more):
     process = start(here, name, "-n", "2", *LONG, *more)
     wait_for_lines(process, here / name / "metrics.jsonl", 6)
     for pid in (process.pid, *ranks_of(process).values()): os.kill(pid, signum)  # a scheduler tells all of them
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 128 + signum
     assert err.count("\n") == 1 and f"stopped by {signal.Signals(signum).name}" in err, err
     last = losses(here / name)[-1][0]
@@ -320,14 +375,14 @@ def test_a_signal_to_the_launcher_saves_and_leaves(here, signum, more):
 
 def test_a_mistake_that_all_ranks_notice_is_said_once(here):
     process = start(here, "nowhere", "-n", "2", "train_files=nowhere/*.bin")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("\n") == 1 and "nowhere/*.bin" in err, err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_said_once(here):
     process = start(here, "nowhere", "-n", "3", "device=cuda")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("\n") == 1 and "device=cuda needs a CUDA GPU" in err, err
 
 
@@ -405,3 +460,18 @@ def test_what_is_launched_and_what_is_said_of_it(tmp_path, monkeypatch, capsys, 
     if started == "here": assert calls == [("here", [str(tmp_path / "c.yml")])]
     elif started: assert f"--nproc-per-node={started}" in calls[0][0] and ("--standalone" in calls[0][0]) == ("--nnodes=2" not in words)
     else: assert not calls
+
+
+def test_ranks_are_given_time_to_save(tmp_path, monkeypatch):
+    "torchrun kills them 30 s after a signal; newer torch reads how long it should wait, and what the user has set stays."
+    from torch.distributed.launcher.api import LaunchConfig
+    (tmp_path / "c.yml").write_text("num_iterations: 1\n")
+    waits = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(real_run, "_torchrun", lambda flags, argv: waits.append(getattr(LaunchConfig(1, 1, 1), "shutdown_timeout", None)) or 0)
+    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"): monkeypatch.setenv(name, "1")  # put back afterwards, like the next
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "40")
+    assert launch_main("train.py", ["-n", "2", "--", str(tmp_path / "c.yml")]) == 0
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert launch_main("train.py", ["-n", "2", "--", str(tmp_path / "c.yml")]) == 0
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(real_run.SAVING_S) and waits in ([40, real_run.SAVING_S], [None, None])

@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from daisy.checkpoint import load_checkpoint, save_checkpoint
+from daisy.checkpoint import load_checkpoint, random_state, save_checkpoint
 from daisy.corpus import python_docs
-from daisy.config import KEYS, load_config
-from daisy.real_run import Run, load_model, one_line_errors, plot_main, train_main
+from daisy.config import KEYS, ConfigError, load_config
+from daisy.real_run import Run, checkpoint_file, load_model, one_line_errors, plot_main, starting_checkpoint, train_main
 from daisy.shards import read_shard, write_shard
+from daisy.trainer import Progress
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -70,13 +73,14 @@ def start(here, name, *overrides):
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def wait_for_lines(process, path, count, timeout_s=120):
+def wait_for_lines(process, path, count, timeout_s=300):
     "Until the log has so many lines, or the process has ended."
     end = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < end:
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return
         time.sleep(0.002)
+    assert process.poll() is not None, f"{path} hasn't got {count} lines within {timeout_s} s"
 
 
 def test_a_snapshot_taken_while_windows_grow_is_sampled_with_those_windows(here, reference):
@@ -113,7 +117,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(here, reference, lines)
     process.kill()
     process.communicate()
     again = start(here, name)
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     # killed before its first snapshot (step 4), a run begins anew and its few rows are written again
     assert losses(here / name) == reference
@@ -140,7 +144,7 @@ def test_sigterm_saves_and_leaves_with_its_code(here, reference):
     process = start(here, "terminated", "num_iterations=5000", "schedule_total_iters=24", "val_loss_every=4000")
     wait_for_lines(process, here / "terminated" / "metrics.jsonl", 6)
     process.terminate()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "the same command goes on from here" in err and "Traceback" not in err
     last = losses(here / "terminated")[-1][0]
@@ -419,3 +423,57 @@ def test_memory_that_does_not_fit_names_the_setting_to_lower(error, where, capsy
 
     def other(): raise RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"): one_line_errors("train.py", other)
+
+
+# the room for snapshots
+
+def notes(saver):
+    "What `saver` allocates from now on, as memory of a machine with a GPU would be asked for."
+    asked, saver.pinned = [], True
+    saver.allocate = lambda shape, dtype, pinned: asked.append((tuple(shape), dtype)) or torch.empty(shape, dtype=dtype)
+    return asked
+
+
+def kinds_of_chance():
+    state = random_state()
+    return Counter((tuple(value.shape), value.dtype) for value in (state["torch"], state["numpy"][1]))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_room_made_ahead_is_what_a_snapshot_takes(here, reference, tmp_path, optimizer):
+    "All but a few kilobytes of random state; when the first step is done, and for any snapshot after it."
+    run = Run(load_config(here / "toy.yml", [f"checkpoint_dir={tmp_path}", "num_iterations=3", f"optimizer={optimizer}"]))
+    asked = notes(run.saver)
+    made = []
+    run._make_room = lambda: (run.saver.reserve(run._saved_kinds()), run.saver.wait(), made.append(len(asked)))
+    run.fit(Progress())
+    assert made == [len(run._saved_kinds())] and Counter(asked[:made[0]]) == Counter((tuple(shape), dtype) for shape, dtype in run._saved_kinds())
+    assert Counter(asked[made[0]:]) == kinds_of_chance()
+    run.snapshot(Progress(step=4))
+    run.saver.wait()
+    assert len(asked) == made[0] + 2 and load_checkpoint(tmp_path / "state_step_4.pt")["step"] == 4
+
+
+def test_room_is_made_on_the_first_rank_of_a_run_on_gpus_that_saves(here, reference):
+    run = Run(load_config(here / "toy.yml", []))
+    reserved = []
+    run.saver.reserve = reserved.append
+    run._make_room()
+    assert not reserved
+    run.device = SimpleNamespace(type="cuda")
+    run._make_room()
+    assert [len(kinds) for kinds in reserved] == [len(run.model.state_dict())]  # no step has been done
+    run.is_first = False
+    run._make_room()
+    run.is_first, run.config = True, load_config(here / "toy.yml", ["save_checkpoint=false"])
+    run._make_room()
+    assert len(reserved) == 1
+
+
+def test_the_checkpoint_to_start_from(here, reference, tmp_path):
+    newest = here / "reference" / "state_step_24.pt"
+    assert starting_checkpoint(here / "reference") == checkpoint_file(here / "reference") == newest == starting_checkpoint(newest)
+    assert starting_checkpoint("gone.pt") == Path("gone.pt")  # loading it says more
+    for path in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ValueError, match="name a state_step_N.pt"): checkpoint_file(path)
+        with pytest.raises(ConfigError, match="train one first"): starting_checkpoint(path)

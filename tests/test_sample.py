@@ -311,7 +311,7 @@ def interrupted(run_dir, path, *options, stdin=subprocess.DEVNULL):
     process = subprocess.Popen(command, cwd=run_dir, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     begin = process.stdout.read(40)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     return process.returncode, begin + out, err.decode()
 
 
@@ -331,7 +331,7 @@ def test_the_reader_leaves(run_dir, tmp_path, checkpoint):
     command = [sys.executable, ROOT / "sample.py", random_checkpoint(checkpoint, tmp_path), "--device", "cpu", "--max_tokens", "500000", "--raw", "--prompt", "D"]
     process = subprocess.Popen(command, cwd=run_dir, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(20), process.stdout.close()
-    assert process.wait(timeout=60) != 0 and process.stderr.read() == b""
+    assert process.wait(timeout=200) != 0 and process.stderr.read() == b""
 
 
 def test_a_model_that_diverges_in_the_middle(sample, tmp_path, checkpoint):

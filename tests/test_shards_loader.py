@@ -597,7 +597,7 @@ def test_threads_end_when_closed_or_forgotten(tmp_path):
     del loaders, one
     gc.collect()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(timeout=60)
     assert not loader_threads()
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from dying import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -208,7 +209,7 @@ def running(tmp_path):
     process.communicate()
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end: time.sleep(0.05)
     assert condition()
@@ -218,7 +219,7 @@ def wait_for(condition, seconds=30):
 def test_ctrl_c_leaves_no_process(running):
     assert running.stdout.readline() == "running\n" and len(in_group(running.pid)) >= 3
     os.killpg(running.pid, signal.SIGINT)  # what a terminal does
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=200)
     assert running.returncode not in (0, None) and errors.count("Traceback") == 1 and "KeyboardInterrupt" in errors
     wait_for(lambda: not in_group(running.pid))
 
@@ -228,7 +229,7 @@ def test_ctrl_c_leaves_no_process(running):
 def test_workers_end_with_a_parent_that_is_killed(running, signal_number):
     assert running.stdout.readline() == "running\n"
     os.kill(running.pid, signal_number)
-    assert running.wait(timeout=60) == -signal_number
+    assert running.wait(timeout=200) == -signal_number
     wait_for(lambda: not in_group(running.pid))
 
 
@@ -238,32 +239,17 @@ def test_a_worker_that_dies_is_one_clear_error(running):
     workers = [pid for pid in in_group(running.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=200)
     assert running.returncode == 1
-    assert errors.splitlines()[-1].startswith("daisy.tokens.EncodingError: one of 2 processes that encode has died")
+    assert any(line.startswith("daisy.tokens.EncodingError: one of 2 processes that encode has died") for line in errors.splitlines()), errors
 
 
 def test_a_worker_that_dies_while_it_sends_is_one_clear_error(tmp_path):
     "Half a message in the pipe and its lock held for ever: the pool alone would wait until the end of time."
-    (tmp_path / "script.py").write_text("""
-import os, signal, struct, sys
-from daisy import tokens
-
-def dies_while_sending(texts):
-    frame = sys._getframe()
-    while "result_queue" not in frame.f_locals: frame = frame.f_back
-    queue = frame.f_locals["result_queue"]
-    queue._wlock.acquire()
-    os.write(queue._writer.fileno(), struct.pack("!i", 1_000_000) + b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-if __name__ == "__main__":
-    tokens._encode_in_worker = dies_while_sending
-    encoding = tokens.train_encoding(["aa bb"], 258, "x")
-    list(tokens.encode_documents(encoding, ["a" * 600_000] * 4, 2))
-""")
-    ran = subprocess.run([sys.executable, tmp_path / "script.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-                         capture_output=True, timeout=60)
+    ran = run_script(tmp_path, """
+tokens._encode_in_worker = dying.dies_while_sending
+encoding = tokens.train_encoding(["aa bb"], 258, "x")
+list(tokens.encode_documents(encoding, ["a" * 600_000] * 4, 2))""")
     assert ran.returncode == 1
     assert any(line.startswith("daisy.tokens.EncodingError: one of 2 processes that encode has died") for line in ran.stderr.splitlines()), ran.stderr
 
@@ -273,7 +259,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
                                         "encoding = train_encoding(['aa bb'], 258, 'x')\n"
                                         "print(len(list(encode_documents(encoding, ['a' * 600_000] * 4, 2))))\n")
     ran = subprocess.run([sys.executable, tmp_path / "script.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-                         capture_output=True, timeout=60)
+                         capture_output=True, timeout=200)
     assert ran.returncode == 1 and ran.stdout == ""
     said = [line for line in ran.stderr.splitlines() if "EncodingError: one of 2 processes" in line]  # Python may add a word on what they leave behind
     assert len(said) == 1 and "`if __name__ == '__main__':`" in said[0]

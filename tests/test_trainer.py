@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from daisy import trainer as tr
+from daisy.distributed import Pending, Ranks
 from daisy.loader import IGNORE, Batch
 from daisy.schedules import Schedule
 from daisy.trainer import (BadLoss, Evaluation, MetricsLog, Progress, Trainer, TrainingStopped, catch_signals, evaluate, peak_flops,
@@ -296,6 +297,28 @@ def test_a_second_signal_acts_as_usual(first, second):
             f"    os.kill(os.getpid(), signal.{second})\n    print('too late')\n")
     died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(tr.__file__).parents[1])
     assert died.stdout == "1\n" and died.returncode == -signal.Signals[second]
+
+
+@needs_signals
+def test_ranks_that_leave_are_deaf_to_what_stopped_them(monkeypatch):
+    "The launcher may pass it on late, while the last checkpoint is being written; another signal still acts."
+    monkeypatch.setattr(tr, "sum_over_ranks", lambda tensor, ranks: Pending(tensor))
+    trainer, before = make(ranks=Ranks(0, 2)), signal.getsignal(signal.SIGTERM)
+    trainer.loader.before = lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 5 else None
+    try:
+        with pytest.raises(TrainingStopped): trainer.train()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_room_for_snapshots_is_asked_for_once_behind_the_first_step_of_a_process():
+    for start in (0, 5):
+        asked = []
+        trainer = make(progress=Progress(step=start), after_first_step=lambda: asked.append((trainer.progress.step, len(trainer.optimizers[0].state))))
+        trainer.train()
+        assert asked == [(start + 1, 1)]  # the optimizer has its state
 
 
 def test_signals_outside_the_main_thread_are_left_alone():
