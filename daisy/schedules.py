@@ -111,7 +111,9 @@ def lr_factors(model_dim, batch_tokens, optimizer="muon"):
 
     All rates follow the square root of the batch (Malladi et al., 2022). With width, Muon's stays; tables and head follow
     width^-½ (nanochat, 2026), matrices under AdamW width^-1 (Yang et al., 2022). Depth and sequence length change none.
+    Raises ValueError for another optimizer and for a size that isn't above 0.
     """
+    if optimizer not in ("muon", "adamw"): raise ValueError(f"unknown optimizer {optimizer!r}: choose muon or adamw")
     if model_dim <= 0 or batch_tokens <= 0: raise ValueError(f"model_dim={model_dim} and batch_tokens={batch_tokens} must be above 0")
     batch, width = (batch_tokens / BASE_BATCH_TOKENS) ** 0.5, model_dim / BASE_MODEL_DIM
     matrix = batch / width if optimizer == "adamw" else batch
