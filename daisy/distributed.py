@@ -6,17 +6,24 @@ __all__ = ['RankLost', 'Ranks', 'join_ranks', 'leave_ranks', 'Pending', 'reduce_
 
 # %% ../nbs/11_distributed.ipynb #b4a97b26
 # Legend: W ranks (processes that train together); of a stack of `number` entries each keeps a share of k = ceil(number / W).
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
 from traceback import clear_frames
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional      # now, while there is no group: its functions' defaults keep one that exists alive
 from torch import Tensor
+
+# %% ../nbs/11_distributed.ipynb #ea51e001
+# Loaded now, while there is no group: its functions' defaults keep one that exists alive. A torch built without network code can't load it.
+_loaded_early = import_module("torch.distributed.nn.functional") if dist.is_available() else None
 
 # %% ../nbs/11_distributed.ipynb #eef7f619
 class RankLost(ConnectionError):
@@ -29,7 +36,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
-    store: "dist.Store | None" = None       # words that every rank can write and read, without the others' help
+    store: "dist.Store | None" = None       # words that every rank can write and read while the store's own host lives
     timeout_s: float = 600.0
 
     def share_size(self, number: int) -> int:
@@ -42,24 +49,32 @@ class Ranks:
         return slice(min(number, self.rank * size), min(number, (self.rank + 1) * size))
 
 # %% ../nbs/11_distributed.ipynb #555778f2
+def _check_meeting_place(address: str) -> None:
+    "A file in a folder that doesn't exist: torch would wait for it without end."
+    place = urlparse(address)
+    if place.scheme == "file" and os.name == "posix" and not (folder := Path(place.path).parent).is_dir():
+        raise ValueError(f"the ranks can't meet at {address}: there is no folder {folder}; make it, where all of them see it")
+
+
 def join_ranks(rank: int, world_size: int, device: torch.device, address: str = "env://", timeout_s: float = 600.0) -> Ranks:
     """Meet the other ranks at `address`; all have to come within `timeout_s`, which is also how long one waits for an answer.
 
     "env://" is what torchrun prepares; "file:///path" and "tcp://host:port" do without it. Raises ValueError for a rank
-    that can't be and a GPU without a number, RankLost where not all come.
+    that can't be, a GPU without a number and a file in no folder, RankLost where not all come.
     """
     if not 0 <= rank < world_size: raise ValueError(f"rank {rank} is not one of {world_size}: ranks count from 0")
     if world_size == 1: return Ranks(device=device)
     cuda, timeout = device.type == "cuda", timedelta(seconds=timeout_s)
     if cuda and device.index is None:
         raise ValueError(f"rank {rank} of {world_size} was given {device}: say which GPU, such as cuda:{rank}")
+    _check_meeting_place(address)
     if cuda: torch.cuda.set_device(device)
     try:
         store, _, _ = next(dist.rendezvous(address, rank, world_size, timeout=timeout))
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
                                 world_size=world_size, timeout=timeout, device_id=device if cuda else None)
     except RuntimeError as error:
-        raise RankLost(f"rank {rank} of {world_size} waited {timeout_s:.0f} s at {address} and not all came: "
+        raise RankLost(f"rank {rank} of {world_size} couldn't meet the others at {address} within {timeout_s:.0f} s: "
                        f"{str(error).splitlines()[0]}") from error
     return Ranks(rank, world_size, device, dist.PrefixStore("daisy", store), timeout_s)
 

@@ -20,13 +20,13 @@ GROUPS = ("embed", "value_embeds", "matrix", "x0_gates", "residual_gates", "scal
 _NEVER_DECAYED = ("x0_gates", "residual_gates", "scalar")
 
 
-def _group_of(name, p):
-    "The group that the rules put parameter `name` in; None where no rule fits."
-    name = name.replace("_orig_mod.", "")                       # torch.compile's prefix
-    first = name.split(".")[0]
+def _group_of(name, p, tables):
+    "The group that the rules put parameter `name` in; None where no rule fits. `tables` are the weights of embeddings."
+    parts = [part for part in name.split(".") if part != "_orig_mod"]       # torch.compile's prefix
+    first, role = parts[0], [part for part in parts if part != "weight"][-1]
     if first in GROUPS and first not in ("matrix", "scalar"): return first
-    if p.ndim < 2 or "gate" in name: return "scalar"
-    return "matrix" if first == "blocks" else None
+    if role == "gate" or role.endswith(("_gate", "_gates", "gate_scale")): return "scalar"
+    return "matrix" if first == "blocks" and p.ndim >= 2 and p not in tables else None
 
 # %% ../nbs/12_optim.ipynb #20
 def parameter_groups(model):
@@ -34,12 +34,12 @@ def parameter_groups(model):
 
     An embedding that is the head too counts once, as "head". Raises ValueError naming a parameter that no rule fits.
     """
-    names = {}
+    names, tables = {}, {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, p in model.named_parameters(remove_duplicate=False): names.setdefault(p, []).append(name)
     groups = {group: [] for group in GROUPS}
     for p, aliases in names.items():
-        fits = sorted({_group_of(name, p) or "none" for name in aliases})
-        if fits == ["embed", "head"] or (fits == ["embed"] and getattr(model, "head", model) is None): fits = ["head"]   # tied
+        fits = sorted({_group_of(name, p, tables) or "none" for name in aliases})
+        if fits == ["embed", "head"] or (fits == ["embed"] and hasattr(model, "head") and model.head is None): fits = ["head"]   # tied
         if len(fits) > 1 or fits == ["none"]:
             raise ValueError(f"parameter {' = '.join(aliases)} of shape {tuple(p.shape)} fits {' and '.join(fits)} of the "
                              f"groups {', '.join(GROUPS)}, not exactly one: add a rule to daisy.optim for it")

@@ -76,7 +76,7 @@ class Schedule:
         return self.lr(step) if self.weight_decay_follows_lr else 1.0
 
     def window_fraction(self, step):
-        "Part of the full window in use: equal stairs, so that few shapes have to be compiled."
+        "Part of the full window in use, in equal stairs."
         return self._stairs(step, self.window_start, self.window_warmup_frac, self.window_stages)
 
     def batch_fraction(self, step):
@@ -103,15 +103,17 @@ def set_hyperparameters(optimizers, schedule, step):
             if "momentum" in group: group["momentum"] = schedule.momentum(step)
 
 # %% ../nbs/13_schedules.ipynb #e15fa6b1
-BASE_MODEL_DIM, BASE_BATCH_TOKENS = 768, 524_288        # the size at which the default learning rates were found
+BASE_MODEL_DIM, BASE_BATCH_TOKENS = 768, 524_288        # config/pretrain_124m.yml: the rules start from its rates
 
 
 def lr_factors(model_dim, batch_tokens, optimizer="muon"):
-    """What a learning rate found at width 768 and 524,288 tokens a step is multiplied by, for each parameter group.
+    """What a learning rate for width 768 and 524,288 tokens a step is multiplied by, for each parameter group.
 
     All rates follow the square root of the batch (Malladi et al., 2022). With width, Muon's stays; tables and head follow
     width^-½ (nanochat, 2026), matrices under AdamW width^-1 (Yang et al., 2022). Depth and sequence length change none.
+    Raises ValueError for another optimizer and for a size that isn't above 0.
     """
+    if optimizer not in ("muon", "adamw"): raise ValueError(f"unknown optimizer {optimizer!r}: choose muon or adamw")
     if model_dim <= 0 or batch_tokens <= 0: raise ValueError(f"model_dim={model_dim} and batch_tokens={batch_tokens} must be above 0")
     batch, width = (batch_tokens / BASE_BATCH_TOKENS) ** 0.5, model_dim / BASE_MODEL_DIM
     matrix = batch / width if optimizer == "adamw" else batch

@@ -1,6 +1,7 @@
 "Real processes on gloo: what lessons 11 and 12 promise for several ranks, and what happens when one of them is lost."
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from daisy.distributed import Ranks, all_gather, from_first, join_ranks, mean_over_ranks, reduce_scatter_mean, sum_over_ranks
+from daisy.distributed import RankLost, Ranks, all_gather, from_first, join_ranks, mean_over_ranks, reduce_scatter_mean, sum_over_ranks
 from daisy.gpt import GPT, GPTConfig
 from daisy.optim import Sharded, build_optimizers, gradient_norm, load_optimizer_state, take_step
 
@@ -141,10 +142,39 @@ def test_shares_cover_every_entry_once(number, world_size):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ((3, 3, torch.device("cpu")), "rank 3 is not one of 3"), ((-1, 2, torch.device("cpu")), "rank -1"), ((1, 2, torch.device("cuda")), "cuda:1")])
+    ((3, 3, torch.device("cpu")), "rank 3 is not one of 3"), ((-1, 2, torch.device("cpu")), "rank -1"), ((1, 2, torch.device("cuda")), "cuda:1"),
+    ((0, 2, torch.device("cpu"), "file:///no/such/folder/meeting"), "no folder /no/such/folder")])
 def test_a_rank_that_cannot_be(arguments, words):
     with pytest.raises(ValueError, match=words):
         join_ranks(*arguments)
+
+
+WITHOUT_NETWORK = """
+import sys, torch
+del torch._C._c10d_init                                     # as in a torch that was built without network code
+for name in [name for name in sys.modules if name.startswith("torch.distributed")]: del sys.modules[name]
+import torch.distributed as dist
+assert not dist.is_available()
+from daisy.distributed import Ranks, all_gather, from_first, join_ranks, leave_ranks, mean_over_ranks, reduce_scatter_mean, sum_over_ranks
+alone, stack = join_ranks(0, 1, torch.device("cpu")), torch.ones(3, 2)
+assert alone == Ranks() and from_first(stack, alone) is all_gather(stack, 3, alone).wait() is stack
+for exchange in (reduce_scatter_mean, mean_over_ranks, sum_over_ranks): assert exchange(stack, alone).wait() is stack
+leave_ranks(alone)
+"""
+
+
+def test_a_torch_without_network_code_is_enough_for_a_process_on_its_own():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NETWORK], capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_port_that_is_taken_is_told_at_once():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        with pytest.raises(RankLost, match="couldn't meet the others at tcp://.* within 60 s: ") as error:
+            join_ranks(0, 2, torch.device("cpu"), f"tcp://127.0.0.1:{taken.getsockname()[1]}", timeout_s=60)
+    assert "\n" not in str(error.value)
 
 
 # the sharded step
@@ -364,4 +394,4 @@ def test_a_rank_that_never_comes_is_not_waited_for(tmp_path):
     (tmp_path / "script.py").write_text(START + "try: join(timeout_s=3)\nexcept RankLost as lost: print(lost); sys.exit(7)\n")
     done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=300,
                           env=environment(tmp_path, RANK="0", WORLD_SIZE="2", ADDRESS=(tmp_path / "meeting").as_uri()))
-    assert done.returncode == 7 and "rank 0 of 2 waited 3 s" in done.stdout and done.stdout.count("\n") == 1, done.stdout + done.stderr
+    assert done.returncode == 7 and "rank 0 of 2 couldn't meet the others at file://" in done.stdout and "within 3 s" in done.stdout and done.stdout.count("\n") == 1, done.stdout + done.stderr

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 
 from daisy.gpt import GPT, GPTConfig
-from daisy.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, newton_schulz, polar_express
+from daisy.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Muon, _compiled, newton_schulz, polar_express
 from daisy.optim import GROUPS, build_optimizers, load_optimizer_state, parameter_groups, update_to_weight_ratios
 from daisy.schedules import COOLDOWN_SHAPES, Schedule, lr_factors, set_hyperparameters
 
@@ -154,11 +154,64 @@ def test_muon_resumes_to_the_last_bit(dtype):
 
 @pytest.mark.parametrize("make, words", [
     (lambda p: Muon([nn.Parameter(torch.zeros(3))]), "shape (3,)"), (lambda p: Muon([p], lr=-1), "lr=-1"),
-    (lambda p: Muon([p], momentum=2), "momentum=2"), (lambda p: Muon([p], method="svd"), "polar_express")])
+    (lambda p: Muon([p], momentum=2), "momentum=2"), (lambda p: Muon([p], method="svd"), "polar_express"),
+    (lambda p: Muon([p], momentum=1.0), "momentum=1.0"), (lambda p: Muon([p], lr=math.inf), "lr=inf"),
+    (lambda p: Muon([p], lr=math.nan), "lr=nan"), (lambda p: Muon([p], weight_decay=math.inf), "weight_decay=inf"),
+    (lambda p: Muon([p], steps=0), "steps=0"), (lambda p: Muon([p], steps=2.5), "steps=2.5"),
+    (lambda p: Muon([nn.Parameter(torch.zeros(0, 4))]), "shape (0, 4)")])
 def test_muon_names_the_mistake(make, words):
     with pytest.raises(ValueError) as error:
         make(nn.Parameter(torch.zeros(3, 3)))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_refused_group_does_not_stay():
+    p = nn.Parameter(torch.randn(3, 3))
+    muon = Muon([p])
+    for group in (dict(params=[nn.Parameter(torch.zeros(4))]), dict(params=[nn.Parameter(torch.zeros(3, 3))], momentum=1.0)):
+        with pytest.raises(ValueError):
+            muon.add_param_group(group)
+        assert [group["params"] for group in muon.param_groups] == [[p]]
+    p.grad = torch.ones(3, 3)
+    muon.step()
+    muon.add_param_group(dict(params=[nn.Parameter(torch.zeros(4, 2))]))
+    assert len(muon.param_groups) == 2
+
+
+def test_stacks_that_nobody_uses_any_more_are_dropped():
+    "As one parameter after the other goes without a gradient, all state together stays as large as it has to be."
+    params = [nn.Parameter(torch.randn(6, 4)) for _ in range(8)]
+    muon = Muon(params)
+    for missing in range(8):
+        give_gradients(params, seed=missing)
+        for p in params[:missing]:
+            p.grad = None
+        muon.step()
+        for name, numbers in (("momentum_buffer", 24), ("second_moment", 6)):
+            memory = {s.data_ptr(): s.nbytes() for p in params for s in [muon.state[p][name].untyped_storage()]}
+            assert sum(memory.values()) == 8 * numbers * 4
+            stacks = [stack for (_, kind), (_, stack, _) in muon._stacks.items() if kind == name]
+            assert [len(stack) for stack in stacks] == [8 - missing]
+
+
+def test_more_shapes_than_torch_compiles_by_default_are_all_compiled(monkeypatch):
+    graphs, compile_, limits = [], torch.compile, torch._dynamo.config
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(limits, "cache_size_limit", 8)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile_(function, backend=counting, **settings))
+    torch._dynamo.reset()
+    _compiled.cache_clear()
+    params = [nn.Parameter(torch.randn(4, 4 + i)) for i in range(12)]
+    muon = Muon(params, compile=True)
+    for step in range(2):
+        give_gradients(params, seed=step)
+        muon.step()
+    _compiled.cache_clear()
+    torch._dynamo.reset()
+    assert len(graphs) == 12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -327,6 +380,42 @@ def test_an_unknown_parameter_and_optimizer_are_named():
         build_optimizers(tiny_gpt(), optimizer="adagrad", **RATES)
 
 
+@pytest.mark.parametrize("where, name, stranger", [
+    ("", "aggregate", nn.Linear(4, 3, bias=False)), ("", "navigate", nn.Linear(4, 3, bias=False)), ("", "router_bias", nn.Parameter(torch.zeros(4))),
+    ("blocks.0.mlp", "table", nn.Embedding(5, 4)), ("blocks.1.attn", "bias", nn.Parameter(torch.zeros(4)))], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_name_that_only_holds_gate_a_vector_and_a_table_in_a_block_are_strangers(where, name, stranger):
+    model = tiny_gpt()
+    setattr(model.get_submodule(where), name, stranger)
+    with pytest.raises(ValueError, match=f"{where}.?{name}") as error:
+        parameter_groups(model)
+    assert "\n" not in str(error.value)
+
+
+def test_every_parameter_of_a_gpt_with_all_switches_has_the_group_that_it_had():
+    model = tiny_gpt(num_layers=4, depth_skips=True, smear=True, backout=True, attention_gate=True)
+    model.blocks[0].mlp.gate_proj, model.blocks[0].mlp.aggregate = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+    name_of = {p: name for name, p in model.named_parameters()}
+    found = {group: {name_of[p] for p in params} for group, params in parameter_groups(model).items()}
+    layers = range(4)
+    assert found == {
+        "embed": {"embed.weight"}, "value_embeds": {"value_embeds.1.weight", "value_embeds.3.weight"}, "head": {"head.weight"},
+        "x0_gates": {"x0_gates"}, "residual_gates": {"residual_gates"},
+        "matrix": {f"blocks.{i}.{name}.weight" for i in layers for name in ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.up", "mlp.down")} |
+                  {"blocks.0.mlp.gate_proj.weight", "blocks.0.mlp.aggregate.weight"},
+        "scalar": {"skip_gates", "backout_gate", "smear.gate_scale", "smear.gate.weight", "blocks.1.attn.value_gate.weight",
+                   "blocks.3.attn.value_gate.weight"} | {f"blocks.{i}.attn.attention_gate.weight" for i in layers}}
+
+
+def test_a_model_without_a_head_of_its_own_is_not_taken_for_a_tied_one():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(4, 3)
+    wrapper, tied = Wrapper(), Wrapper()
+    tied.head = None
+    assert parameter_groups(wrapper)["embed"] == [wrapper.embed.weight] and parameter_groups(tied)["head"] == [tied.embed.weight]
+
+
 def test_compiled_models_have_the_same_groups():
     wrapper = nn.Module()
     wrapper._orig_mod = tiny_gpt()
@@ -450,3 +539,5 @@ def test_learning_rates_follow_batch_and_width(width, tokens, kind):
 def test_a_model_without_width_has_no_rate():
     with pytest.raises(ValueError, match="model_dim=0"):
         lr_factors(0, 1024)
+    with pytest.raises(ValueError, match="unknown optimizer 'adam': choose muon or adamw"):
+        lr_factors(768, 524_288, "adam")
