@@ -337,7 +337,7 @@ for step in range(4):
 """
 
 
-EXCHANGE, KILLED, STOPPED = "reduce_scatter_mean(torch.ones(7, 3), ranks).wait()", *(
+AVERAGE, KILLED, STOPPED = "reduce_scatter_mean(torch.ones(7, 3), ranks).wait()", *(
     f"os.kill(os.getpid(), signal.{how})" for how in ("SIGKILL", "SIGSTOP"))
 SHARDED_STEP = """
 from test_distributed import model_and_optimizers
@@ -359,12 +359,12 @@ def sharded_step():
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("lost, accident, timeout_s, exchange", [
-    pytest.param(1, KILLED, 60, EXCHANGE, id="killed"), pytest.param(1, "time.sleep(1000)", 5, EXCHANGE, id="hanging"),
+    pytest.param(1, KILLED, 60, AVERAGE, id="killed"), pytest.param(1, "time.sleep(1000)", 5, AVERAGE, id="hanging"),
     pytest.param(1, KILLED, 60, "from_first(dict(path='a'), ranks)", id="killed while one tells all"),
-    pytest.param(1, STOPPED, 5, EXCHANGE, id="stopped", marks=pytest.mark.slow),
+    pytest.param(1, STOPPED, 5, AVERAGE, id="stopped", marks=pytest.mark.slow),
     pytest.param(1, "pass", 5, "sharded_step()", id="stopped in the middle of a sharded step", marks=pytest.mark.slow),
-    pytest.param(0, KILLED, 60, EXCHANGE, id="first killed", marks=pytest.mark.slow),
-    pytest.param(2, "sys.exit(5)", 60, EXCHANGE, id="gone", marks=pytest.mark.slow)])
+    pytest.param(0, KILLED, 60, AVERAGE, id="first killed", marks=pytest.mark.slow),
+    pytest.param(2, "sys.exit(5)", 60, AVERAGE, id="gone", marks=pytest.mark.slow)])
 def test_the_others_name_a_rank_that_is_lost_and_stop(lost, accident, timeout_s, exchange, tmp_path):
     body = LOSS.format(lost=lost, accident=accident, timeout_s=timeout_s, exchange=exchange)
     if exchange == "sharded_step()": body = body.replace("for step in", SHARDED_STEP + "for step in")
@@ -383,7 +383,7 @@ def test_the_others_name_a_rank_that_is_lost_and_stop(lost, accident, timeout_s,
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 def test_under_torchrun_a_death_ends_the_whole_run(tmp_path):
-    (tmp_path / "script.py").write_text(START + LOSS.format(lost=1, accident=KILLED, timeout_s=60, exchange=EXCHANGE))
+    (tmp_path / "script.py").write_text(START + LOSS.format(lost=1, accident=KILLED, timeout_s=60, exchange=AVERAGE))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "script.py")],
                           env=environment(tmp_path), capture_output=True, text=True, timeout=400)
     assert done.returncode and time.time() - (tmp_path / "lost").stat().st_mtime < 60
