@@ -242,20 +242,20 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         together = torch.cat([self.q.weight, self.k.weight, self.v.weight]) if self.qkv is None else self.qkv
         qkv = F.linear(x, together.to(x.dtype))
-        added = None if value_embed is None else self._gate(self.value_gate, x) * value_embed.view(B, T, -1, self.head_dim)
         if cache is not None and cache.has_one_kernel_for(T):
-            y = cache.attend_new_token(qkv, added, rope, self.qk_norm, self.scale)
+            gate = None if value_embed is None else self.value_gate.weight.to(x.dtype)
+            y = cache.attend_new_token(qkv, value_embed, x, gate, rope, self.qk_norm, self.scale)
         else:
-            y = self._attend(qkv.view(B, T, -1, self.head_dim), added, rope, mask, backend, cache)
+            y = self._attend(qkv.view(B, T, -1, self.head_dim), value_embed, x, rope, mask, backend, cache)
         if self.attention_gate is not None:
             y = self._gate(self.attention_gate, x) * y
         return self.out(y.reshape(B, T, -1))
 
-    def _attend(self, qkv, added, rope, mask, backend, cache):
-        "From the product qkv (B, T, H + 2 K, hd) to the heads' answers (B, T, H, hd); `added` (B, T, K, hd) is for the values."
+    def _attend(self, qkv, value_embed, x, rope, mask, backend, cache):
+        "From the product qkv (B, T, H + 2 K, hd) of x to the heads' answers (B, T, H, hd)."
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
-        if added is not None:
-            v = v + added
+        if value_embed is not None:
+            v = v + self._gate(self.value_gate, x) * value_embed.view_as(v)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
@@ -326,10 +326,11 @@ def _one_token_kernel():
         return (left * cos - right * sin).to(dtype), (right * cos + left * sin).to(dtype)
 
     @triton.jit
-    def attend_places(qkv, added, cos, sin, keys, values, lengths, starts, arrived, tops, totals, sums, output, scale, places,
+    def attend_places(qkv, value_embed, x, gate, cos, sin, keys, values, lengths, starts, arrived, tops, totals, sums, output, scale, places,
                       window: tl.constexpr, long_every: tl.constexpr, block_size: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
-                      HALF: tl.constexpr, NORM: tl.constexpr, ADDED: tl.constexpr, SPLITS: tl.constexpr, PLACES: tl.constexpr):
-        head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # neighbours read neighbouring bytes
+                      HALF: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+                      PLACES: tl.constexpr):
+        head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)  # neighbours read neighbouring bytes
         newest = tl.load(lengths + row).to(tl.int32)
         splits = tl.cdiv(tl.minimum(newest + 1, places), PLACES)  # those with a token in them
         if split >= splits:
@@ -351,10 +352,15 @@ def _one_token_kernel():
         token = qkv + row * (HEADS + 2 * KEY_HEADS) * 2 * HALF
         new_left, new_right = prepared(token + (HEADS + head) * 2 * HALF, turn_cos, turn_sin, dtype, NORM, HALF)
         new_value = tl.load(token + (HEADS + KEY_HEADS + head) * 2 * HALF + width)
-        if ADDED:
-            new_value = (new_value.to(tl.float32) + tl.load(added + (row * KEY_HEADS + head) * 2 * HALF + width).to(tl.float32)).to(dtype)
+        if GATED > 0:  # channels that the gate reads
+            channel = tl.arange(0, 32)
+            seen = tl.load(x + row * WIDTH + channel, mask=channel < GATED, other=0.0).to(tl.float32)
+            weight = tl.load(gate + head * GATED + channel, mask=channel < GATED, other=0.0).to(tl.float32)
+            factor = (2 * tl.sigmoid(tl.sum(seen * weight).to(dtype).to(tl.float32))).to(dtype).to(tl.float32)
+            embed = tl.load(value_embed + (row * KEY_HEADS + head) * 2 * HALF + width).to(tl.float32)
+            new_value = (new_value.to(tl.float32) + (factor * embed).to(dtype).to(tl.float32)).to(dtype)
         is_new = here == new
-        at = ((row.to(tl.int64) * places + here) * KEY_HEADS + head) * 2 * HALF
+        at = ((row * places + here) * KEY_HEADS + head) * 2 * HALF
         old = (visible & (here != new))[:, None]
         left = tl.load(keys + at[:, None] + half, mask=old, other=0.0)
         right = tl.load(keys + at[:, None] + HALF + half, mask=old, other=0.0)
@@ -363,7 +369,7 @@ def _one_token_kernel():
         right = tl.where(is_new[:, None], new_right, right).to(tl.float32)
         value = tl.where(is_new[:, None], new_value, value).to(tl.float32)
         mine = new // PLACES == split
-        put = ((row.to(tl.int64) * places + new) * KEY_HEADS + head) * 2 * HALF
+        put = ((row * places + new) * KEY_HEADS + head) * 2 * HALF
         tl.store(keys + put + half, new_left, mask=mine)
         tl.store(keys + put + HALF + half, new_right, mask=mine)
         tl.store(values + put + width, new_value, mask=mine)
@@ -422,28 +428,30 @@ def choose_one_token(how: str, device: torch.device, head_dim: int) -> str:
 
 
 @library.custom_op("daisy::attend_new_token", mutates_args=("keys", "values"))
-def attend_new_token(qkv: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
-                     doc_starts: Tensor, arrived: Tensor, window: int, long_every: int, block_size: int, norm: bool, scale: float) -> Tensor:
+def attend_new_token(qkv: Tensor, value_embed: Tensor | None, x: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor,
+                     values: Tensor, lengths: Tensor, doc_starts: Tensor, arrived: Tensor, window: int, long_every: int, block_size: int,
+                     norm: bool, scale: float) -> Tensor:
     """Attention of one new token a row, by one Triton kernel: normalise, turn, store its key and value, look at the ring.
 
-    qkv (B, 1, (H + 2 K) hd) is the product as it comes, `added` (B, 1, K, hd) is for the value, cos and sin (B, 1, hd / 2); the
-    rings (B, places, K, hd) hold `lengths` (B,) tokens. `arrived` (B, K) is zero before and after. Returns (B, 1, H hd).
-    The splits are those of Flash-Decoding (Dao et al. 2023).
+    qkv (B, 1, (H + 2 K) hd) is the product as it comes; value_embed (B, 1, K hd) joins the value, times the gate (K, channels) of x
+    (B, 1, D); cos and sin (B, 1, hd / 2). The rings (B, places, K, hd) hold `lengths` (B,) tokens before it. `arrived` (B, K) is
+    zero before and after. Returns (B, 1, H hd). The splits are those of Flash-Decoding (Dao et al. 2023).
     """
     B, places, K, hd = keys.shape
     H, PLACES = qkv.size(-1) // hd - 2 * K, FEW_PLACES if B * K * places <= FEW_PLACES * FEW_PROGRAMS else MANY_PLACES
     splits = -(-places // PLACES)
     output, sums = qkv.new_empty(B, 1, H * hd), qkv.new_empty(B, H, splits, hd, dtype=torch.float32)
     tops, totals = qkv.new_empty(2, B, H, splits, dtype=torch.float32)
-    given = (x if x is None else x.contiguous() for x in (qkv, added, cos, sin))
+    given = (t if t is None else t.contiguous() for t in (qkv, value_embed, x, gate, cos, sin))
+    gated, width = (0, 0) if value_embed is None else (gate.size(1), x.size(-1))
     _one_token_kernel()[(K, splits, B)](*given, keys, values, lengths, doc_starts, arrived, tops, totals, sums, output, scale, places,
-                                        window, long_every, block_size, H, K, hd // 2, norm, added is not None, splits, PLACES,
+                                        window, long_every, block_size, H, K, hd // 2, norm, gated, width, splits, PLACES,
                                         num_warps=ONE_TOKEN_WARPS)
     return output
 
 
 @attend_new_token.register_fake
-def _(qkv, added, cos, sin, keys, values, lengths, doc_starts, arrived, window, long_every, block_size, norm, scale):
+def _(qkv, value_embed, x, gate, cos, sin, keys, values, lengths, doc_starts, arrived, window, long_every, block_size, norm, scale):
     B, _, K, hd = keys.shape
     return qkv.new_empty(B, 1, qkv.size(-1) - 2 * K * hd)
 
@@ -462,10 +470,12 @@ class LayerCache(NamedTuple):
         "Whether a piece of so many tokens goes through `attend_new_token`, which makes no gradients."
         return self.arrived is not None and num_tokens == 1 and self.piece.counts is None and not torch.is_grad_enabled()
 
-    def attend_new_token(self, qkv: Tensor, added: Tensor | None, rope: tuple, norm: bool, scale: float) -> Tensor:
+    def attend_new_token(self, qkv: Tensor, value_embed: Tensor | None, x: Tensor, gate: Tensor | None, rope: tuple, norm: bool,
+                         scale: float) -> Tensor:
         "What `attend` gives for one token a row, from its product qkv (B, 1, (H + 2 K) hd) on; returns (B, 1, H, hd)."
         spec, lengths, starts = self.spec, self.piece.lengths, self.piece.doc_starts
-        y = attend_new_token(qkv, added, *rope, self.keys, self.values, lengths, starts, self.arrived, spec.window or 0,
+        x = None if value_embed is None else x  # read by the gate alone
+        y = attend_new_token(qkv, value_embed, x, gate, *rope, self.keys, self.values, lengths, starts, self.arrived, spec.window or 0,
                              spec.long_every, spec.block_size, norm, scale)
         return y.view(*qkv.shape[:2], -1, self.keys.size(-1))
 

@@ -404,11 +404,12 @@ def test_a_cache_of_any_type_gives_what_a_full_pass_gives(dtype, tolerance):
 # ---- one new token a row by one kernel
 
 @torch.no_grad()
-def by_torch(qkv, added, rope, cache, norm, scale):
+def by_torch(qkv, value_embed, x, gate, rope, cache, norm, scale):
     "What `attend_new_token` promises, by torch's operations: the answers, and the cache's rings changed."
     K, hd = cache.keys.shape[2:]
     q, k, v = qkv.view(*qkv.shape[:2], -1, hd).split((qkv.size(-1) // hd - 2 * K, K, K), dim=2)
-    v = v if added is None else v + added
+    if value_embed is not None:
+        v = v + 2 * torch.sigmoid(F.linear(x[..., :gate.size(1)], gate)).unsqueeze(-1) * value_embed.view_as(v)
     q, k = (attention.rms_norm(q), attention.rms_norm(k)) if norm else (q, k)
     return cache.attend(attention.apply_rope(q, *rope), attention.apply_rope(k, *rope), v, scale)
 
@@ -417,14 +418,16 @@ def new_tokens(B, places, H, K, hd, lengths, window, starts=None, long_every=0, 
     "A random token for each row, and two caches with the same rings: one for torch, one for the kernel."
     generator = torch.Generator().manual_seed(places + hd)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
-    qkv, added, keys, values = draw(B, 1, (H + 2 * K) * hd), draw(B, 1, K, hd) if add else None, draw(B, places, K, hd), draw(B, places, K, hd)
+    qkv, keys, values = draw(B, 1, (H + 2 * K) * hd), draw(B, places, K, hd), draw(B, places, K, hd)
+    channels = min(32, H * hd)
+    gated = (draw(B, 1, K * hd), draw(B, 1, H * hd), draw(K, channels) / channels**0.5) if add else (None, None, None)
     lengths = torch.tensor(lengths, device=device)
     starts = torch.zeros_like(lengths) if starts is None else torch.tensor(starts, device=device)
     piece = attention.Piece(lengths[:, None], starts[:, None], lengths, None, None, False)
     rope = tuple(table.to(device)[piece.positions] for table in rope_tables(int(lengths.max()) + 1, hd))
     arrived, spec = torch.zeros(B, K, dtype=torch.int32, device=device), MaskSpec(window, long_every, block_size)
     caches = [attention.LayerCache(keys.clone(), values.clone(), spec, piece, places, counter) for counter in (None, arrived)]
-    return (qkv, added, rope), *caches, (norm, 0.2)
+    return (qkv, *gated, rope), *caches, (norm, 0.2)
 
 
 NEW_TOKENS = {  # rows, places, heads, key heads, head dim, tokens before, window, where documents begin

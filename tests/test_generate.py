@@ -9,13 +9,13 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import daisy.attention
 import daisy.generate
-from daisy.attention import rms_norm
 from daisy.generate import (Decoder, Replayed, Sampling, choose_token, decode_one_token, generate, generate_batch, keep_top_k, keep_top_p,
                             next_token_probs, penalize_repetition, prefill, reading_copy, stream_text)
 from daisy.gpt import GPT, GPTConfig
 from daisy.masks import MaskSpec
-from daisy.rope import apply_rope
 from daisy.tokens import encoding_from_merges
+
+from test_attention import by_torch
 
 finite = st.floats(-1e4, 1e4, width=32)
 logit_rows = arrays("float32", array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40), elements=finite).map(torch.from_numpy)
@@ -361,16 +361,13 @@ class TorchKernel:
         return self.run
 
     @staticmethod
-    def run(qkv, added, cos, sin, keys, values, lengths, starts, arrived, tops, totals, sums, output, scale, places, window, long_every, block_size,
-            heads, key_heads, half, norm, has_added, splits, block, num_warps):
+    def run(qkv, value_embed, x, gate, cos, sin, keys, values, lengths, starts, arrived, tops, totals, sums, output, scale, places,
+            window, long_every, block_size, heads, key_heads, half, norm, gated, width, splits, block, num_warps):
         assert not arrived.any() and places == keys.size(1) and tops.shape == (len(qkv), heads, splits) and splits * block >= places
-        assert (added is not None) == has_added and keys.shape[2:] == (key_heads, 2 * half)
+        assert keys.shape[2:] == (key_heads, 2 * half) and (value_embed is None and not gated or (gate.size(1), x.size(-1)) == (gated, width))
         piece = daisy.attention.Piece(lengths[:, None], starts, lengths, None, None, False)
         cache = daisy.attention.LayerCache(keys, values, MaskSpec(window or None, long_every, block_size), piece, places, None)
-        q, k, v = qkv.view(len(qkv), 1, -1, 2 * half).split((heads, key_heads, key_heads), dim=2)
-        v = v if added is None else v + added
-        q, k = (rms_norm(q), rms_norm(k)) if norm else (q, k)
-        output.copy_(cache.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, scale).view(output.shape))
+        output.copy_(by_torch(qkv, value_embed, x, gate, (cos, sin), cache, norm, scale).view(output.shape))
 
 
 @pytest.fixture
@@ -413,7 +410,7 @@ def test_compiled_steps_use_the_operator_without_copying_rings(compiled, triton_
     expected = generate_batch(Decoder(model, attention="torch"), PROMPTS, 50, sampling, seed=3)
     rings = set()
     run = TorchKernel.run
-    monkeypatch.setattr(TorchKernel, "run", staticmethod(lambda *given, **named: rings.update(x.data_ptr() for x in given[4:6]) or run(*given, **named)))
+    monkeypatch.setattr(TorchKernel, "run", staticmethod(lambda *given, **named: rings.update(x.data_ptr() for x in given[6:8]) or run(*given, **named)))
     decoder = Decoder(model, compiled, graphs=True, record=lambda work: work)
     assert generate_batch(decoder, PROMPTS, 50, sampling, seed=3) == expected
     cache, graphs = decoder._batch.cache, torch._dynamo.utils.counters["stats"]["unique_graphs"]

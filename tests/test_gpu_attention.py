@@ -215,7 +215,7 @@ def test_the_kernel_for_one_token_agrees_with_torch(name, norm, add, long_every,
         ours.piece.lengths.add_(1)  # of both caches
         want, got = by_torch(*given, plain, *how), ours.attend_new_token(*given, *how)
         assert relative(got, want) < tolerance and got.dtype == dtype
-        assert relative(ours.keys, plain.keys) < tolerance and torch.equal(ours.values, plain.values) and not ours.arrived.any()
+        assert relative(ours.keys, plain.keys) < tolerance and relative(ours.values, plain.values) < tolerance and not ours.arrived.any()
 
 
 @torch.no_grad()
