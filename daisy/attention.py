@@ -321,7 +321,7 @@ def _one_token_kernel():
         left = tl.load(start + tl.arange(0, HALF)).to(tl.float32)
         right = tl.load(start + HALF + tl.arange(0, HALF)).to(tl.float32)
         if NORM:
-            factor = tl.rsqrt((tl.sum(left * left) + tl.sum(right * right)) / (2 * HALF) + 1.1920929e-07)  # torch's epsilon
+            factor = tl.rsqrt(tl.sum(left * left + right * right) / (2 * HALF) + 1.1920929e-07)  # torch's epsilon
             left, right = (left * factor).to(dtype).to(tl.float32), (right * factor).to(dtype).to(tl.float32)
         return (left * cos - right * sin).to(dtype), (right * cos + left * sin).to(dtype)
 
@@ -385,7 +385,7 @@ def _one_token_kernel():
             tl.store(tops + slot, top)
             tl.store(totals + slot, tl.sum(weights))
             tl.store(sums + slot * 2 * HALF + width, tl.sum(weights[:, None] * value, axis=0))
-        # whoever finishes last merges: a second kernel would cost its start, which is longer than the merge
+        # whoever finishes last merges: a second kernel would wait for all of the first, and be one start more
         tl.debug_barrier()
         if tl.atomic_add(arrived + row * KEY_HEADS + head, 1) == splits - 1:
             for i in tl.static_range(HEADS // KEY_HEADS):
