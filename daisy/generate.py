@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import KVCache, Linear
+from .attention import KVCache, Linear, choose_one_token
 from .gpt import GPT, run_layer
 
 # %% ../nbs/17_generate.ipynb #25
@@ -285,15 +285,18 @@ class Decoder:
     """Writes with `model`, many rows at a time. Make it once for many texts: it holds a copy of the weights.
 
     On a CUDA GPU each shape's work is recorded once and replayed (`graphs`); `compiled` is "false", "layers" or "full", as
-    in lesson 09: worth its minutes where much is to be written.
+    in lesson 09: worth its minutes where much is to be written. `attention` of single tokens is "auto", "torch" or "triton",
+    as in lesson 07.
     """
 
-    def __init__(self, model: GPT, compiled: str = "false", graphs: bool | None = None, record: Callable = record):
+    def __init__(self, model: GPT, compiled: str = "false", graphs: bool | None = None, record: Callable = record,
+                 attention: str = "auto"):
         if compiled not in ("false", "layers", "full"):
             raise ValueError(f"compiled={compiled!r} is not known: choose false, layers or full")
         self.model, self.device, self.config = reading_copy(model), model.embed.weight.device, model.config
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
         self.compiled, self.record = compiled, record
+        self.attention = choose_one_token(attention, self.device, model.config.head_dim)
         self._key, self._batch, self._replayed, self._turn = None, None, {}, 0
 
     @torch.no_grad()  # inference_mode would leave rotation tables behind that can't be trained with
@@ -335,6 +338,7 @@ class Decoder:
         if key != self._key or not self.graphs:
             self._replayed.clear()  # graphs go before the tensors that they work on
             self._batch = _Batch(self.model, *key)
+            self._batch.cache.attend_by(self.attention)
             self._key, self._write = key, _compiled_write(self._batch, self.compiled)
         return self._batch
 

@@ -5,9 +5,12 @@ is put in its place here; test_gpu_attention.py runs the real ones.
 """
 import copy
 import math
+import os
+import subprocess
 import sys
 import types
 from functools import lru_cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -396,3 +399,110 @@ def test_a_cache_of_any_type_gives_what_a_full_pass_gives(dtype, tolerance):
         steps.append(layer(x[:, start:end], rope, None, value_embed=value_embed[:, start:end], cache=cache.layer(0, piece)))
         cache.advance(ends[:, start:end], piece)
     assert cache.keys[0].dtype == dtype and cache.keys[0].size(1) == 9 and (torch.cat(steps, 1) - full).norm() < tolerance * full.norm()
+
+
+# ---- one new token a row by one kernel
+
+@torch.no_grad()
+def by_torch(qkv, value_embed, x, gate, rope, cache, norm, scale):
+    "What `attend_new_token` promises, by torch's operations: the answers, and the cache's rings changed."
+    K, hd = cache.keys.shape[2:]
+    q, k, v = qkv.view(*qkv.shape[:2], -1, hd).split((qkv.size(-1) // hd - 2 * K, K, K), dim=2)
+    if value_embed is not None:
+        v = v + 2 * torch.sigmoid(F.linear(x[..., :gate.size(1)], gate)).unsqueeze(-1) * value_embed.view_as(v)
+    q, k = (attention.rms_norm(q), attention.rms_norm(k)) if norm else (q, k)
+    return cache.attend(attention.apply_rope(q, *rope), attention.apply_rope(k, *rope), v, scale)
+
+
+def new_tokens(B, places, H, K, hd, lengths, window, starts=None, long_every=0, block_size=128, dtype=torch.float32, norm=True, add=True, device="cpu"):
+    "A random token for each row, and two caches with the same rings: one for torch, one for the kernel."
+    generator = torch.Generator().manual_seed(places + hd)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
+    qkv, keys, values = draw(B, 1, (H + 2 * K) * hd), draw(B, places, K, hd), draw(B, places, K, hd)
+    channels = min(32, H * hd)
+    gated = (draw(B, 1, K * hd), draw(B, 1, H * hd), draw(K, channels) / channels**0.5) if add else (None, None, None)
+    lengths = torch.tensor(lengths, device=device)
+    starts = torch.zeros_like(lengths) if starts is None else torch.tensor(starts, device=device)
+    piece = attention.Piece(lengths[:, None], starts[:, None], lengths, None, None, False)
+    rope = tuple(table.to(device)[piece.positions] for table in rope_tables(int(lengths.max()) + 1, hd))
+    arrived, spec = torch.zeros(B, K, dtype=torch.int32, device=device), MaskSpec(window, long_every, block_size)
+    caches = [attention.LayerCache(keys.clone(), values.clone(), spec, piece, places, counter) for counter in (None, arrived)]
+    return (qkv, *gated, rope), *caches, (norm, 0.2)
+
+
+NEW_TOKENS = {  # rows, places, heads, key heads, head dim, tokens before, window, where documents begin
+    "a first token": (1, 40, 2, 2, 64, [0], None),
+    "half of a ring": (1, 96, 2, 2, 128, [47], None),
+    "empty, half full, full, wrapped": (4, 37, 2, 2, 32, [0, 18, 36, 1000], 37),
+    "one place": (2, 1, 2, 1, 16, [0, 5], 1),
+    "four heads share": (2, 50, 8, 2, 16, [49, 400], 50),
+    "three heads share, narrow": (2, 33, 3, 1, 8, [32, 7], None),
+    "documents begin": (4, 40, 2, 1, 64, [30, 30, 41, 1000], 40, [0, 30, 25, 999]),
+    "a window within the ring": (2, 90, 2, 2, 16, [89, 60], 9),
+    "more parts than are merged at a time": (2, 700, 1, 1, 8, [699, 1500], 700),
+}
+
+
+KERNEL = """
+import inspect, sys
+sys.path.insert(0, "tests")
+import torch
+import daisy.attention as attention
+from test_attention import NEW_TOKENS, by_torch, new_tokens
+vars(attention).update(inspect.getclosurevars(attention._one_token_kernel().fn).nonlocals)  # the interpreter looks for names in the module
+attention.FEW_PLACES, attention.MANY_PLACES = 8, 16
+
+def check(case, tolerance, rounding, **settings):
+    given, plain, ours, how = new_tokens(*case, **settings)
+    for step in range(2):  # the counters must be as they were
+        want, got = by_torch(*given, plain, *how), ours.attend_new_token(*given, *how)
+        assert (got - want).norm() < tolerance * want.norm() and got.dtype == want.dtype and got.shape == want.shape, (case, settings)
+        for ring, expected in ((ours.keys, plain.keys), (ours.values, plain.values)):
+            torch.testing.assert_close(ring, expected, atol=rounding, rtol=rounding)
+        assert not ours.arrived.any()
+
+for case in NEW_TOKENS.values():
+    check(case, 1e-5, 1e-6)
+attention.FEW_PROGRAMS = 1  # from here on more places a program
+case = NEW_TOKENS["four heads share"]
+check(case, 1e-5, 1e-6, norm=False, add=False)
+check(case, 5e-3, 1e-3, dtype=torch.float16)
+check(case, 2e-2, 1e-2, dtype=torch.bfloat16)  # the interpreter cuts off where a GPU rounds
+for long_every, lengths in ((2, [89, 60]), (3, [40, 0])):
+    check((2, 90, 2, 2, 16, lengths, 9), 1e-5, 1e-6, long_every=long_every, block_size=8)
+
+# a text from an empty ring on, token by token, inside of a compiled graph
+given, plain, ours, how = new_tokens(2, 11, 2, 1, 8, [0, 4], 7)
+one = torch.compile(lambda *given: ours.attend_new_token(*given, *how), fullgraph=True, backend="aot_eager")
+with torch.no_grad():
+    for step in range(15):
+        torch.testing.assert_close(one(*given), by_torch(*given, plain, *how))
+        ours.piece.lengths.add_(1)
+"""
+
+
+@pytest.mark.skipif(not attention.HAS_TRITON, reason="needs triton, which CPU builds of torch lack")
+def test_the_kernel_for_one_token_agrees_with_torch_in_tritons_interpreter():
+    run = subprocess.run([sys.executable, "-c", KERNEL], cwd=Path(__file__).parent.parent, env=os.environ | dict(TRITON_INTERPRET="1"),
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("how, head_dim, words", [
+    ("triton", 64, "needs a CUDA GPU of Ampere or later, Triton, and a head_dim .* this is 'cpu' and 64: choose torch"),
+    ("flash", 64, "by 'flash' is not known: choose auto, torch or triton")])
+def test_a_wrong_choice_for_single_tokens_is_refused(how, head_dim, words):
+    with pytest.raises(ValueError, match=words) as error:
+        attention.choose_one_token(how, CPU, head_dim)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("triton, capability, head_dim, chosen", [
+    (True, (9, 0), 128, "triton"), (True, (8, 0), 16, "triton"), (True, (9, 0), 96, "torch"), (True, (9, 0), 256, "torch"),
+    (True, (7, 5), 64, "torch"), (False, (9, 0), 64, "torch")])
+def test_single_tokens_take_the_kernel_only_where_it_runs(triton, capability, head_dim, chosen, monkeypatch):
+    monkeypatch.setattr(attention, "HAS_TRITON", triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert attention.choose_one_token("auto", torch.device("cuda"), head_dim) == chosen
+    assert attention.choose_one_token("torch", torch.device("cuda"), head_dim) == "torch"
+    assert attention.choose_one_token("auto", CPU, head_dim) == "torch"

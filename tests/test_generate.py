@@ -7,11 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+import daisy.attention
 import daisy.generate
 from daisy.generate import (Decoder, Replayed, Sampling, choose_token, decode_one_token, generate, generate_batch, keep_top_k, keep_top_p,
                             next_token_probs, penalize_repetition, prefill, reading_copy, stream_text)
 from daisy.gpt import GPT, GPTConfig
+from daisy.masks import MaskSpec
 from daisy.tokens import encoding_from_merges
+
+from test_attention import by_torch
 
 finite = st.floats(-1e4, 1e4, width=32)
 logit_rows = arrays("float32", array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40), elements=finite).map(torch.from_numpy)
@@ -348,6 +352,71 @@ def test_compiled_steps_write_the_same_and_compile_once(compiled, feature):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert generate_batch(decoder, PROMPTS, 50, sampling, seed=3) == expected
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs and (compiled == "layers" or graphs == 1)
+
+
+class TorchKernel:
+    "Stands in for the Triton kernel of single tokens: takes what that takes, and computes it by torch's operations."
+
+    def __getitem__(self, grid):
+        return self.run
+
+    @staticmethod
+    def run(qkv, value_embed, x, gate, cos, sin, keys, values, lengths, starts, arrived, tops, totals, sums, output, scale, places,
+            window, long_every, block_size, heads, key_heads, half, norm, gated, width, splits, block, num_warps):
+        assert not arrived.any() and places == keys.size(1) and tops.shape == (len(qkv), heads, splits) and splits * block >= places
+        assert keys.shape[2:] == (key_heads, 2 * half) and (value_embed is None and not gated or (gate.size(1), x.size(-1)) == (gated, width))
+        piece = daisy.attention.Piece(lengths[:, None], starts, lengths, None, None, False)
+        cache = daisy.attention.LayerCache(keys, values, MaskSpec(window or None, long_every, block_size), piece, places, None)
+        output.copy_(by_torch(qkv, value_embed, x, gate, (cos, sin), cache, norm, scale).view(output.shape))
+
+
+@pytest.fixture
+def triton_by_torch(monkeypatch):
+    "As if there were a CUDA GPU with Triton, for single tokens' attention."
+    monkeypatch.setattr(daisy.attention, "_one_token_kernel", TorchKernel)
+    choose = lambda how, device, head_dim: "triton" if how == "auto" else how
+    monkeypatch.setattr(daisy.attention, "choose_one_token", choose)
+    monkeypatch.setattr(daisy.generate, "choose_one_token", choose)
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+def test_single_tokens_through_one_operator_write_the_same(feature, triton_by_torch):
+    model, sampling = random_model(**feature), Sampling(0.9, 20, 0.9, 1.2)
+    expected = generate_batch(Decoder(model, attention="torch"), PROMPTS, 50, sampling, seed=3)
+    decoder = Decoder(model, graphs=True, record=lambda work: work)
+    assert decoder.attention == "triton" and generate_batch(decoder, PROMPTS, 50, sampling, seed=3) == expected
+    assert decoder._batch.cache.arrived.shape == (3, model.config.kv_heads)
+
+
+def test_the_operator_is_used_for_single_tokens_alone_and_without_gradients(triton_by_torch, monkeypatch):
+    called = []
+    monkeypatch.setattr(daisy.attention, "_one_token_kernel", lambda: called.append(1) or TorchKernel())
+    model, tokens = random_model(), torch.randint(0, 60, (2, 12))
+    cache = model.new_cache(2, 12)
+    with torch.no_grad():
+        prefill(model, tokens[:, :4], cache), model(tokens[:, 4:7], cache=cache)
+        assert not called
+        decode_one_token(model, tokens[:, 7:8], cache)
+    assert len(called) == model.config.num_layers
+    assert decode_one_token(model, tokens[:, 8:9], cache).requires_grad and len(called) == model.config.num_layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["layers", "full"])
+def test_compiled_steps_use_the_operator_without_copying_rings(compiled, triton_by_torch, monkeypatch):
+    "The compiler hands it the very tensors of the cache, and compiles once."
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+    model, sampling = random_model(**FEATURES[-1]), Sampling(0.9, 20, 0.9, 1.2)
+    expected = generate_batch(Decoder(model, attention="torch"), PROMPTS, 50, sampling, seed=3)
+    rings = set()
+    run = TorchKernel.run
+    monkeypatch.setattr(TorchKernel, "run", staticmethod(lambda *given, **named: rings.update(x.data_ptr() for x in given[6:8]) or run(*given, **named)))
+    decoder = Decoder(model, compiled, graphs=True, record=lambda work: work)
+    assert generate_batch(decoder, PROMPTS, 50, sampling, seed=3) == expected
+    cache, graphs = decoder._batch.cache, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert rings == {ring.data_ptr() for ring in cache.keys + cache.values} and (compiled == "layers" or graphs == 1)
+    assert generate_batch(decoder, PROMPTS, 50, sampling, seed=3) == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 # ---- generate

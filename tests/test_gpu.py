@@ -227,15 +227,16 @@ def writer(dtype=torch.float32, **extras):
 PROMPTS = [[0, 5, 6], list(range(1, 150)), [7, 0, 9] * 11]
 
 
+@pytest.mark.parametrize("attention", ["torch", "triton"])
 @pytest.mark.parametrize("compiled", ["false", "layers", "full"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("extras", [{}, dict(ALL, depth_skips=True, num_kv_heads=1), dict(long_every=2, max_seq_len=300)], ids=str)
-def test_recorded_steps_write_what_eager_ones_write(compiled, rows, extras):
+def test_recorded_steps_write_what_eager_ones_write(attention, compiled, rows, extras):
     "200 tokens, past every window; the recorded batch is used three times: as it is, recorded, replayed."
     torch._dynamo.reset()
     model, sampling = writer(**extras), Sampling(0.9, 20, 0.95, 1.1)
-    expected = generate_batch(Decoder(model, graphs=False), PROMPTS[:rows], 200, sampling, seed=3)
-    decoder = Decoder(model, compiled)
+    expected = generate_batch(Decoder(model, graphs=False, attention="torch"), PROMPTS[:rows], 200, sampling, seed=3)
+    decoder = Decoder(model, compiled, attention=attention)
     for _ in range(3):
         assert generate_batch(decoder, PROMPTS[:rows], 200, sampling, seed=3) == expected
     assert generate_batch(decoder, PROMPTS[:rows], 200, sampling, seed=4) != expected
@@ -256,20 +257,50 @@ def test_no_more_than_one_recording_a_shape():
     assert len(recorded) == 3  # two widths of prompts to read, one step
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @torch.no_grad()
-def test_in_bfloat16_the_recorded_step_comes_near_float32(compiled):
+def recorded_logits(model, text, counts, compiled, attention):
+    "Logits (B, T - 20, V) at places 20 to T of rows of a text, whose first `counts` (B,) of 20 tokens are read as prompts of different lengths."
+    B, T = text.shape
+    cache, token, logits = model.new_cache(B, T), text[:, :1].clone(), torch.zeros(B, model.config.vocab_size, device="cuda")
+    cache.attend_by(attention)
+    step = lambda: logits.copy_(model._finish(model.read(token, cache), None)[:, -1])
+    prefill(model, text[:, :20], cache, counts)
+    cache.length = None
+    replayed, seen = Replayed(torch.compile(step, fullgraph=True, dynamic=False) if compiled else step), []
+    for t in range(T - 20):
+        token.copy_(text.gather(1, (counts + t)[:, None]))
+        replayed()
+        seen.append(logits.clone())
+    assert attention == "torch" or not cache.arrived.any()
+    return torch.stack(seen, dim=1)
+
+
+LENGTHS = [20, 1, 13]
+
+
+def expected_logits(model, text):
+    with torch.no_grad():
+        full = model(text)
+    return torch.stack([row[count:count + text.size(1) - 20] for row, count in zip(full, LENGTHS)])
+
+
+@pytest.mark.parametrize("attention", ["torch", "triton"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("extras", [{}, dict(ALL, depth_skips=True, num_kv_heads=1), dict(long_every=2, max_seq_len=300), dict(head_dim=64, num_heads=4, qk_norm=False)], ids=str)
+def test_recorded_logits_are_those_of_a_full_pass(attention, compiled, extras):
+    "In float32, 300 steps past every window, for rows that are at different places; documents begin in them."
+    torch._dynamo.reset()
+    model = writer(**extras)
+    text = torch.randint(0, 250, (3, 320), generator=torch.Generator().manual_seed(0)).cuda()  # token 0 begins one now and then
+    got = recorded_logits(model, text, torch.tensor(LENGTHS, device="cuda"), compiled, attention)
+    assert relative(got, expected_logits(model, text)) < 1e-4
+
+
+@pytest.mark.parametrize("attention", ["torch", "triton"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_bfloat16_the_recorded_step_comes_near_float32(attention, compiled):
     "Logits at each place of a given text, past every window."
     torch._dynamo.reset()
     text = torch.randint(1, 500, (3, 160), generator=torch.Generator().manual_seed(0)).cuda()
-    twin = reading_copy(writer(torch.bfloat16))
-    cache, token, logits = twin.new_cache(3, 160), text[:, :1].clone(), torch.zeros(3, 500, device="cuda")
-    step = lambda: logits.copy_(twin._finish(twin.read(token, cache), None)[:, -1])
-    prefill(twin, text[:, :20], cache)
-    cache.length = None
-    replayed, seen = Replayed(torch.compile(step, fullgraph=True, dynamic=False) if compiled else step), []
-    for t in range(20, 160):
-        token.copy_(text[:, t:t + 1])
-        replayed()
-        seen.append(logits.clone())
-    assert relative(torch.stack(seen, dim=1), writer()(text)[:, 20:]) < 2e-2
+    got = recorded_logits(reading_copy(writer(torch.bfloat16)), text, torch.tensor(LENGTHS, device="cuda"), compiled, attention)
+    assert relative(got, expected_logits(writer(), text)) < 2e-2

@@ -15,6 +15,8 @@ from daisy.attention import CausalSelfAttention, attend, flash_installed, prepar
 from daisy.masks import MaskSpec, document_ids, varlen_capacity
 from daisy.rope import rope_tables
 
+from test_attention import NEW_TOKENS, by_torch, new_tokens
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ROOT = Path(__file__).parent.parent
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2)}  # relative norms of the output and of the gradients
@@ -197,3 +199,32 @@ def test_the_compiled_layer_errs_no_more_than_the_plain_one(backend, dtype):
         error = relative(fast[name], wanted[name])
         assert error < max(1.25 * relative(plain[name], wanted[name]), TOLERANCES[dtype][0]), name
         assert error < 2e-2, name
+
+
+# one new token a row by one kernel; what it must agree with is torch's form, which test_attention.py holds against a full pass
+
+MANY = {"a long ring, 64 rows": (64, 768, 8, 8, 128, [500 + 9 * i for i in range(64)], 768), "longer than 32 parts": (1, 5000, 8, 8, 128, [4999], None),
+        "grouped, 128 wide": (4, 300, 8, 2, 128, [299, 10, 1000, 0], 300)}
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 2e-3)], ids=str)
+@pytest.mark.parametrize("norm,add,long_every", [(True, True, 0), (False, False, 0), (True, False, 2)])
+@pytest.mark.parametrize("name", [*NEW_TOKENS, *MANY])
+@torch.no_grad()
+def test_the_kernel_for_one_token_agrees_with_torch(name, norm, add, long_every, dtype, tolerance):
+    settings = dict(norm=norm, add=add, long_every=long_every, block_size=16, dtype=dtype, device="cuda")
+    given, plain, ours, how = new_tokens(*(NEW_TOKENS | MANY)[name], **settings)
+    for _ in range(20):  # the counters must come back to zero, and whoever is last must see what all others wrote
+        ours.piece.lengths.add_(1)  # of both caches
+        want, got = by_torch(*given, plain, *how), ours.attend_new_token(*given, *how)
+        assert relative(got, want) < tolerance and got.dtype == dtype
+        assert relative(ours.keys, plain.keys) < tolerance and relative(ours.values, plain.values) < tolerance and not ours.arrived.any()
+
+
+@torch.no_grad()
+def test_the_kernel_for_one_token_is_the_same_every_time():
+    "A merge that read a part too early would differ now and then: many programs, thousands of merges."
+    given, _, ours, how = new_tokens(*MANY["a long ring, 64 rows"], dtype=torch.bfloat16, device="cuda")
+    first = ours.attend_new_token(*given, *how).clone()
+    differ = sum(not torch.equal(ours.attend_new_token(*given, *how), first) for _ in range(200))
+    assert differ == 0

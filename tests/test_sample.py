@@ -375,4 +375,15 @@ def test_the_decode_benchmark_adds_a_row_for_each_batch(tmp_path, options, capsy
     for row in rows:
         assert row["command"] == " ".join(["daisy-bench", *command]) and row["commit"] == "abc" and row["name"] == "tiny"
         assert (row["prompt"], row["new_tokens"], row["top_k"], row["num_layers"]) == (20, 6, 50, 2)
+        assert row.get("attention") == (None if "--uncached" in options else "torch")
         assert row["tok_s"] > 0 and row["first_token_ms"] > 0 and row["how"] == ("uncached" if "--uncached" in options else "not compiled")
+
+
+def test_the_decode_benchmark_measures_several_ways_and_counts_their_kernels(tmp_path, capsys):
+    command = ["decode", "config/tiny.yml", "num_layers=1", "--batch", "1", "--attention", "auto", "torch", "--prompt-tokens", "8", "--new-tokens", "3",
+               "--kernels", "2", "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")]
+    assert bench_main(command) == 0
+    assert [json.loads(line)["attention"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == ["torch", "torch"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if " us " in line]
+    assert len(lines) == 6 and lines[0].endswith("in all") and lines[3].endswith("in all")
+    assert bench_main([*command, "--attention", "triton"]) == 1 and "choose torch" in capsys.readouterr().err
