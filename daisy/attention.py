@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from .masks import MaskSpec, VarlenMask, _is_long_range, dense_mask, flex_block_mask, varlen_mask
+from .masks import MaskSpec, VarlenMask, dense_mask, flex_block_mask, varlen_mask, visible_keys
 from .rope import apply_rope
 
 # %% ../nbs/07_attention.ipynb #12
@@ -240,7 +240,8 @@ class CausalSelfAttention(nn.Module):
         With a `cache` x goes on where the tokens in it ended, and the cache knows who may look at whom: the mask isn't read.
         """
         B, T, _ = x.shape
-        together = torch.cat([self.q.weight, self.k.weight, self.v.weight]) if self.qkv is None else self.qkv
+        weights = self.q.weight, self.k.weight, self.v.weight
+        together = torch.cat([weight.to(x.dtype) for weight in weights]) if self.qkv is None else self.qkv
         qkv = F.linear(x, together.to(x.dtype))
         if cache is not None and cache.has_one_kernel_for(T):
             gate = None if value_embed is None else self.value_gate.weight.to(x.dtype)
@@ -285,11 +286,7 @@ class Piece(NamedTuple):
 
 def may_look(spec: MaskSpec, piece: Piece, keys: Tensor) -> Tensor:
     "Who of a piece may look at keys that stand at positions `keys` (B, S), as in lesson 06: boolean (B, T, S)."
-    q, k = piece.positions[:, :, None], keys[:, None, :]
-    near = k > q - spec.window if spec.window else torch.ones_like(k <= q)
-    if spec.long_every:
-        near = near | _is_long_range(spec, k // spec.block_size)
-    return near & (k <= q) & (k >= piece.doc_starts[:, :, None])
+    return visible_keys(spec, piece.positions, keys, piece.doc_starts)
 
 # %% ../nbs/07_attention.ipynb #ca0e0006
 def attend_one(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -413,9 +410,9 @@ ONE_TOKEN_WARPS = 4
 
 
 def choose_one_token(how: str, device: torch.device, head_dim: int) -> str:
-    """What computes the attention of single tokens: "torch", or "triton" for one kernel; "auto" is triton where it runs.
+    """What computes the attention of single tokens: "torch", or "triton" for one kernel, which has to be asked for: "auto" is torch.
 
-    That is on a CUDA GPU of Ampere's generation or later, for heads a power of two up to 128 wide. ValueError for what can't be.
+    It wants a CUDA GPU of Ampere's generation or later, and heads a power of two up to 128 wide. ValueError for what can't be.
     """
     if how not in ("auto", "torch", "triton"):
         raise ValueError(f"attention of single tokens by {how!r} is not known: choose auto, torch or triton")
@@ -424,7 +421,7 @@ def choose_one_token(how: str, device: torch.device, head_dim: int) -> str:
     if how == "triton" and not runs:
         raise ValueError(f"attention of single tokens by 'triton' needs a CUDA GPU of Ampere or later, Triton, and a head_dim that is "
                          f"a power of two up to 128; this is {device.type!r} and {head_dim}: choose torch")
-    return "triton" if runs and how != "torch" else "torch"
+    return "triton" if how == "triton" else "torch"
 
 
 @library.custom_op("daisy::attend_new_token", mutates_args=("keys", "values"))

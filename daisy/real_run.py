@@ -30,6 +30,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -846,6 +847,8 @@ def _bench_parser() -> argparse.ArgumentParser:
     decode.add_argument("--prompt-tokens", type=int, default=512, help="in each row's prompt (%(default)s)")
     decode.add_argument("--new-tokens", type=int, default=256, help="to write in each row (%(default)s)")
     decode.add_argument("--top-k", type=int, default=50, help="(%(default)s)")
+    decode.add_argument("--attention", nargs="+", choices=("auto", "torch", "triton"), default=["auto"],
+                        help="what computes it for single tokens; several are measured in turn (auto)")
     decode.add_argument("--uncached", action="store_true", help="read the whole text again for each token")
     decode.add_argument("--kernels", type=int, default=0, metavar="N", help="print the N kernels that take most of a step")
     for command in (model, runs, trainer, scaling, decode):
@@ -887,11 +890,14 @@ def _decode_rows(args, device):
     eos_id = config.vocab_size - 1 if config.eos_token_id is None else config.eos_token_id
     model = build_model(config.model_type, config_to_dict(config) | dict(eos_token_id=eos_id), device, "auto", config.seed).eval()
     how = ("full" if device.type == "cuda" else "false") if config.compile == "auto" else choose_compilation(config.compile, device)
-    for batch in sum(args.batch, []):
+    for batch, attention in product(sum(args.batch, []), args.attention):
         yield args.name or Path(args.config).stem, bench_decode(model, batch, args.prompt_tokens, args.new_tokens, device, compiled=how,
-                                                                top_k=args.top_k, cached=not args.uncached)
-        for name, count, us in decode_kernels(Decoder(model, how), batch, args.prompt_tokens, args.top_k)[:args.kernels] if args.kernels else ():
-            print(f"{us:9.2f} us {count:7.2f} x  {name[:120]}")
+                                                                top_k=args.top_k, cached=not args.uncached, attention=attention)
+        if args.kernels:
+            kernels = decode_kernels(Decoder(model, how, attention=attention), batch, args.prompt_tokens, args.top_k)
+            print(f"{sum(us for _, _, us in kernels):9.2f} us {sum(count for _, count, _ in kernels):7.2f} x  in all")
+            for name, count, us in kernels[:args.kernels]:
+                print(f"{us:9.2f} us {count:7.2f} x  {name[:120]}")
 
 # %% ../nbs/23_real_run.ipynb #be7c0002
 def bench_trainer(config: TrainConfig, steps: int = 50) -> dict:

@@ -292,10 +292,10 @@ def _time_model(model, batch_size, seq_len, device, document_tokens, compiled, o
 
 # %% ../nbs/22_speed.ipynb #dec00002
 def bench_decode(model: GPT, batch_size: int, prompt_tokens: int, new_tokens: int, device: torch.device, *, compiled: str = "false",
-                 top_k: int = 50, cached: bool = True, repeats: int = 3) -> dict:
+                 top_k: int = 50, cached: bool = True, repeats: int = 3, attention: str = "auto") -> dict:
     '''Time writing `new_tokens` after random prompts in `batch_size` rows; not `cached`: the whole text for each token.
 
-    Returns shape, tokens a second of all rows from the second token on, milliseconds until the first one, seconds of
+    `attention` of single tokens is "torch", "triton" or "auto", as in lesson 07. Returns shape, tokens a second of all rows from the second token on, milliseconds until the first one, seconds of
     the first two texts beyond that, which compile and record, and peak memory; or the `error`.
     '''
     c = model.config
@@ -304,9 +304,9 @@ def bench_decode(model: GPT, batch_size: int, prompt_tokens: int, new_tokens: in
     try:
         if not cached:
             return shape | dict(how="uncached") | _time_uncached(model, batch_size, prompt_tokens, new_tokens, device, repeats)
-        decoder = Decoder(model, compiled)
+        decoder = Decoder(model, compiled, attention=attention)
         how = ("recorded, " if decoder.graphs else "") + ("not compiled" if compiled == "false" else f"compiled: {compiled}")
-        return shape | dict(how=how) | _time_decoder(decoder, shape, device, repeats)
+        return shape | dict(how=how, attention=decoder.attention) | _time_decoder(decoder, shape, device, repeats)
     except RuntimeError as error:  # out of memory
         return shape | dict(error=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
 

@@ -497,12 +497,14 @@ def test_a_wrong_choice_for_single_tokens_is_refused(how, head_dim, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("triton, capability, head_dim, chosen", [
-    (True, (9, 0), 128, "triton"), (True, (8, 0), 16, "triton"), (True, (9, 0), 96, "torch"), (True, (9, 0), 256, "torch"),
-    (True, (7, 5), 64, "torch"), (False, (9, 0), 64, "torch")])
-def test_single_tokens_take_the_kernel_only_where_it_runs(triton, capability, head_dim, chosen, monkeypatch):
+@pytest.mark.parametrize("triton, capability, head_dim, runs", [
+    (True, (9, 0), 128, True), (True, (8, 0), 16, True), (True, (9, 0), 96, False), (True, (9, 0), 256, False),
+    (True, (7, 5), 64, False), (False, (9, 0), 64, False)])
+def test_single_tokens_take_the_kernel_where_it_runs_and_is_asked_for(triton, capability, head_dim, runs, monkeypatch):
     monkeypatch.setattr(attention, "HAS_TRITON", triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert attention.choose_one_token("auto", torch.device("cuda"), head_dim) == chosen
-    assert attention.choose_one_token("torch", torch.device("cuda"), head_dim) == "torch"
-    assert attention.choose_one_token("auto", CPU, head_dim) == "torch"
+    gpu = torch.device("cuda")
+    if runs: assert attention.choose_one_token("triton", gpu, head_dim) == "triton"
+    else:
+        with pytest.raises(ValueError, match="choose torch"): attention.choose_one_token("triton", gpu, head_dim)
+    assert attention.choose_one_token("torch", gpu, head_dim) == attention.choose_one_token("auto", gpu, head_dim) == "torch"
