@@ -391,6 +391,11 @@ def test_a_name_that_only_holds_gate_a_vector_and_a_table_in_a_block_are_strange
     assert "\n" not in str(error.value)
 
 
+def test_a_module_that_is_no_gpt_is_told_so():
+    with pytest.raises(ValueError, match="parameter weight of shape"):
+        parameter_groups(nn.Linear(3, 3))
+
+
 def test_every_parameter_of_a_gpt_with_all_switches_has_the_group_that_it_had():
     model = tiny_gpt(num_layers=4, depth_skips=True, smear=True, backout=True, attention_gate=True)
     model.blocks[0].mlp.gate_proj, model.blocks[0].mlp.aggregate = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
