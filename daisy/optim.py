@@ -23,7 +23,7 @@ _NEVER_DECAYED = ("x0_gates", "residual_gates", "scalar")
 def _group_of(name, p, tables):
     "The group that the rules put parameter `name` in; None where no rule fits. `tables` are the weights of embeddings."
     parts = [part for part in name.split(".") if part != "_orig_mod"]       # torch.compile's prefix
-    first, role = parts[0], [part for part in parts if part != "weight"][-1]
+    first, role = parts[0], parts[-2:][0] if parts[-1] == "weight" else parts[-1]
     if first in GROUPS and first not in ("matrix", "scalar"): return first
     if role == "gate" or role.endswith(("_gate", "_gates", "gate_scale")): return "scalar"
     return "matrix" if first == "blocks" and p.ndim >= 2 and p not in tables else None
