@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'PIECE_BYTES', 'SCORES', 'BLANK_QUESTION', 'MODELLING_FILE', 'MODELLING', 'PLAIN_VALUES',
            'CHAT_TEMPLATE', 'bootstrap', 'Estimate', 'estimate', 'difference', 'score_spans', 'plan_windows',
-           'TextScore', 'score_texts', 'read_texts', 'Item', 'prompt_ids', 'choice_spans', 'score_choices',
+           'TextScore', 'score_texts', 'read_texts', 'prompt_ids', 'choice_spans', 'Item', 'score_choices',
            'mark_choices', 'mark_rules', 'QuestionError', 'question_of', 'read_questions', 'normalize_answer',
            'write_answer', 'mark_written', 'matched_items', 'python_items', 'Task', 'Result', 'open_task', 'measure',
            'best_rule', 'report', 'HarnessCalls', 'lm_eval_model', 'merges_from_ranks', 'tokenizer_json',
@@ -229,23 +229,6 @@ def read_texts(source, max_bytes: int = 10_000_000) -> list[str]:
         raise ValueError(f"{source}: no text to score; name a file that has some")
     return texts
 
-# %% ../nbs/19_evaluate.ipynb #9bc4e892
-@dataclass(frozen=True)
-class Item:
-    """A question: a context, texts that might come next, and which one is right; with one choice it can only be answered in words.
-
-    `cue` is what a rule without a model may look at (empty: the context). `blank` is a context that asks for an answer and
-    for nothing in particular. `chat`: contexts are prompts and choices are responses, in the template of fine-tuning.
-    A written answer ends at one of `until`.
-    """
-    context: str
-    choices: tuple[str, ...]
-    answer: int
-    cue: str = ""
-    blank: str = ""
-    chat: bool = False
-    until: tuple[str, ...] = ("\n",)
-
 # %% ../nbs/19_evaluate.ipynb #ed8980fb
 def prompt_ids(encoding: tiktoken.Encoding, context: str, chat: bool = False) -> list[int]:
     "What the model reads before it answers: END_OF_TEXT and the context, or the template with the context as its instruction."
@@ -266,6 +249,23 @@ def choice_spans(encoding: tiktoken.Encoding, context: str, choices: Iterable[st
     agreed = takewhile(lambda column: len(set(column)) == 1, zip(prompt, *wholes))
     start = sum(1 for _ in agreed)
     return [(whole, start) for whole in wholes]
+
+# %% ../nbs/19_evaluate.ipynb #9bc4e892
+@dataclass(frozen=True)
+class Item:
+    """A question: a context, texts that might come next, and which one is right; with one choice it can only be answered in words.
+
+    `cue` is what a rule without a model may look at (empty: the context). `blank` is a context that asks for an answer and
+    for nothing in particular. `chat`: contexts are prompts and choices are responses, in the template of fine-tuning.
+    A written answer ends at one of `until`.
+    """
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    cue: str = ""
+    blank: str = ""
+    chat: bool = False
+    until: tuple[str, ...] = ("\n",)
 
 # %% ../nbs/19_evaluate.ipynb #a6d0a8c5
 SCORES = ("sum", "byte", "token", "gain")
@@ -536,7 +536,8 @@ def _words(e: Estimate, metric: str) -> str:
 def _change(e: Estimate, metric: str) -> str:
     "A difference: in bits per byte, or in points."
     if metric == "bpb": return f"{e.value:+.4f} ({e.low:+.4f} to {e.high:+.4f})"
-    return f"{100 * e.value:+.1f} points ({100 * e.low:+.1f} to {100 * e.high:+.1f})"
+    value, low, high = (round(100 * number, 1) + 0.0 for number in (e.value, e.low, e.high))  # + 0.0: no sign before a zero that was rounded
+    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
 def best_rule(task: Task) -> Result:

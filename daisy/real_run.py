@@ -1082,16 +1082,16 @@ def evaluation_rows(task: Task, results: dict[str, list[Result]], shapes: dict[s
         for result, base in zip(some, results[first]):
             e = result.estimate()
             field = "bpb" if result.metric == "bpb" else "accuracy"
-            row = dict(name=name, **shapes[name], task=task.name, metric=result.metric, n=len(result.values), interval=[round(e.low, 4), round(e.high, 4)])
-            row[field] = round(e.value, 4)
+            row = dict(name=name, **shapes[name], task=task.name, metric=result.metric, n=len(result.values), interval=[round(e.low, 6), round(e.high, 6)])
+            row[field] = round(e.value, 6)
             if result.weights is not None: row["bytes"] = int(result.weights.sum())
             if result.metric.startswith("accuracy"):
                 rule = best_rule(task)
                 d = result.minus(rule)
-                row |= dict(rule=rule.metric, rule_accuracy=round(rule.estimate().value, 4), over_rule=round(d.value, 4), over_rule_interval=[round(d.low, 4), round(d.high, 4)])
+                row |= dict(rule=rule.metric, rule_accuracy=round(rule.estimate().value, 6), over_rule=round(d.value, 6), over_rule_interval=[round(d.low, 6), round(d.high, 6)])
             if name != first:
                 d = result.minus(base)
-                row |= dict(compared_with=first, difference=round(d.value, 4), difference_interval=[round(d.low, 4), round(d.high, 4)])
+                row |= dict(compared_with=first, difference=round(d.value, 6), difference_interval=[round(d.low, 6), round(d.high, 6)])
             rows.append(row)
     return rows
 

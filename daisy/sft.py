@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['INSTRUCTION', 'RESPONSE', 'SYSTEM', 'TEMPLATE', 'HEADINGS', 'CALL', 'ANSWER_CHARS', 'USUAL_NAMES', 'PHRASINGS',
            'PAIRS', 'QUESTIONS', 'check_conversation', 'encode_conversation', 'one_turn', 'document_entries',
-           'first_paragraph', 'Question', 'python_questions', 'multiple_choice', 'conversation_of', 'shares',
-           'parse_source', 'build_sft_shards', 'main']
+           'first_paragraph', 'Question', 'python_questions', 'conversation_of', 'shares', 'parse_source',
+           'build_sft_shards', 'main']
 
 # %% ../nbs/18_sft.ipynb #2
 import argparse
@@ -153,24 +153,6 @@ def python_questions(split: str, val_fraction: float = 0.05, seed: int = 0) -> l
         if answer not in seen and answer not in trained_on and question.name not in asked: fresh.append(question)
         seen.add(answer)
     return fresh
-
-# %% ../nbs/18_sft.ipynb #28
-def _draw(seed, *words):
-    "A number as good as random that depends on nothing but the words."
-    return hashlib.sha256("\n".join(map(str, (seed, *words))).encode()).digest()
-
-
-def multiple_choice(questions: list[Question], num_choices: int = 4, seed: int = 0) -> list[tuple[Question, list[str], int]]:
-    "(question, answers to choose from, index of the right one) for each; the wrong ones are right for other questions."
-    if len(questions) < num_choices:
-        raise ValueError(f"{len(questions)} questions can't give {num_choices} answers to choose from; give {num_choices} or more")
-    rows = []
-    for asked in questions:
-        others = sorted((q for q in questions if q != asked), key=lambda q: _draw(seed, asked.name, q.name, q.answer))
-        choices = [asked, *others[:num_choices - 1]]
-        choices.sort(key=lambda q: _draw(seed, "order", asked.name, q.name, q.answer))
-        rows.append((asked, [q.answer for q in choices], choices.index(asked)))
-    return rows
 
 # %% ../nbs/18_sft.ipynb #31
 PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"),

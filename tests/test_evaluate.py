@@ -605,7 +605,7 @@ def test_the_report_and_the_rows(run_dir, tmp_path, capsys):
     assert "compared_with" not in first and next(r for r in rows if r["name"] == "three/state_step_3")["compared_with"] == "two/state_step_2"
     items = evaluate.open_task(tasks[0]).items
     rules = {name: marks.mean() for name, marks in evaluate.mark_rules([item for item in items if len(item.choices) > 1]).items()}
-    assert first["rule_accuracy"] == round(max(rules.values()), 4) == round(rules[first["rule"]], 4) and f"change from the rule {first['rule']}, and from" in said
+    assert first["rule_accuracy"] == round(max(rules.values()), 6) == round(rules[first["rule"]], 6) and f"change from the rule {first['rule']}, and from" in said
     assert first["over_rule"] == pytest.approx(first["accuracy"] - first["rule_accuracy"], abs=2e-4)
     assert first["over_rule_interval"][0] <= first["over_rule"] <= first["over_rule_interval"][1]
     assert all(("over_rule" in row) == row["metric"].startswith("accuracy") for row in rows)

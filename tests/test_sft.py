@@ -28,7 +28,7 @@ from daisy.gpt import GPT, GPTConfig
 from daisy.loader import IGNORE, TokenLoader, validation_batches
 from daisy.real_run import Run, newest_checkpoint, sample_main, starting_checkpoint, train_main
 from daisy.sft import (
-    INSTRUCTION, RESPONSE, TEMPLATE, build_sft_shards, encode_conversation, main, multiple_choice, one_turn, python_questions, shares)
+    INSTRUCTION, RESPONSE, TEMPLATE, build_sft_shards, encode_conversation, main, one_turn, python_questions, shares)
 from daisy.shards import HEADER_BYTES, ShardError, read_mask, read_shard, scored_tokens, shard_length, write_shard
 from daisy.tokens import EncodingError, load_encoding, save_encoding, train_encoding
 
@@ -582,14 +582,6 @@ def test_the_shards_of_questions_hold_the_split_of_the_documents(tmp_path):
     train = conversations_in(encoding, tmp_path, "train")
     assert any(text.startswith(TEMPLATE.format(prompt="What does os.path.join do?")) for text, _ in train)
     assert not {answer for _, answer in train} & set(val.values()) and manifest["conversations"]["train"] == len(train)
-
-
-def test_wrong_answers_are_of_other_questions():
-    held_out = python_questions("val")
-    rows = multiple_choice(held_out)
-    assert [row[0] for row in rows] == held_out and all(len(set(choices)) == 4 and choices[right] == q.answer for q, choices, right in rows)
-    assert rows != multiple_choice(held_out, seed=1)
-    with pytest.raises(ValueError, match="3 questions can't give 4"): multiple_choice(held_out[:3])
 
 
 # fine-tuning as typed
