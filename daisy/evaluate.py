@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'PIECE_BYTES', 'SCORES', 'BLANK_QUESTION', 'MODELLING_FILE', 'MODELLING', 'PLAIN_VALUES',
            'CHAT_TEMPLATE', 'bootstrap', 'Estimate', 'estimate', 'difference', 'score_spans', 'plan_windows',
-           'TextScore', 'score_texts', 'read_texts', 'Item', 'prompt_ids', 'choice_spans', 'score_choices',
+           'TextScore', 'score_texts', 'read_texts', 'prompt_ids', 'choice_spans', 'Item', 'score_choices',
            'mark_choices', 'mark_rules', 'QuestionError', 'question_of', 'read_questions', 'normalize_answer',
            'write_answer', 'mark_written', 'matched_items', 'python_items', 'Task', 'Result', 'open_task', 'measure',
-           'report', 'HarnessCalls', 'lm_eval_model', 'merges_from_ranks', 'tokenizer_json', 'carried_model',
-           'plain_model', 'export_model']
+           'best_rule', 'report', 'HarnessCalls', 'lm_eval_model', 'merges_from_ranks', 'tokenizer_json',
+           'carried_model', 'plain_model', 'export_model']
 
 # %% ../nbs/19_evaluate.ipynb #eb0d4f5c
 # Tensor legend: B batch, T tokens, D model, V vocabulary, n items (questions, or pieces of text), R resamples
@@ -203,6 +203,7 @@ def score_texts(model: GPT, encoding: tiktoken.Encoding, texts: Iterable[str], s
 def _shard_texts(pattern) -> Iterator[str]:
     "The documents of shards, as text; of a character that a shard's edge cuts the rest is left out."
     for file in shard_files(pattern):
+        read_shard(file)  # what is no shard is refused before a vocabulary is looked for
         beside = file.parent / "encoding.json"
         encoding = load_encoding(beside if beside.exists() else "gpt2")
         tokens = read_shard(file, encoding.n_vocab)
@@ -228,23 +229,6 @@ def read_texts(source, max_bytes: int = 10_000_000) -> list[str]:
         raise ValueError(f"{source}: no text to score; name a file that has some")
     return texts
 
-# %% ../nbs/19_evaluate.ipynb #9bc4e892
-@dataclass(frozen=True)
-class Item:
-    """A question: a context, texts that might come next, and which one is right; with one choice it can only be answered in words.
-
-    `cue` is what a rule without a model may look at (empty: the context). `blank` is a context that asks for an answer and
-    for nothing in particular. `chat`: contexts are prompts and choices are responses, in the template of fine-tuning.
-    A written answer ends at one of `until`.
-    """
-    context: str
-    choices: tuple[str, ...]
-    answer: int
-    cue: str = ""
-    blank: str = ""
-    chat: bool = False
-    until: tuple[str, ...] = ("\n",)
-
 # %% ../nbs/19_evaluate.ipynb #ed8980fb
 def prompt_ids(encoding: tiktoken.Encoding, context: str, chat: bool = False) -> list[int]:
     "What the model reads before it answers: END_OF_TEXT and the context, or the template with the context as its instruction."
@@ -265,6 +249,23 @@ def choice_spans(encoding: tiktoken.Encoding, context: str, choices: Iterable[st
     agreed = takewhile(lambda column: len(set(column)) == 1, zip(prompt, *wholes))
     start = sum(1 for _ in agreed)
     return [(whole, start) for whole in wholes]
+
+# %% ../nbs/19_evaluate.ipynb #9bc4e892
+@dataclass(frozen=True)
+class Item:
+    """A question: a context, texts that might come next, and which one is right; with one choice it can only be answered in words.
+
+    `cue` is what a rule without a model may look at (empty: the context). `blank` is a context that asks for an answer and
+    for nothing in particular. `chat`: contexts are prompts and choices are responses, in the template of fine-tuning.
+    A written answer ends at one of `until`.
+    """
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    cue: str = ""
+    blank: str = ""
+    chat: bool = False
+    until: tuple[str, ...] = ("\n",)
 
 # %% ../nbs/19_evaluate.ipynb #a6d0a8c5
 SCORES = ("sum", "byte", "token", "gain")
@@ -318,6 +319,7 @@ def mark_rules(questions: list[Item]) -> dict[str, np.ndarray]:
             "longest": _marks((-n for n in lengths), questions), "most letters shared": _marks(shared, questions)}
 
 # %% ../nbs/19_evaluate.ipynb #6ca9b024
+#| code-fold: true
 class QuestionError(ValueError):
     "A question that can't be read: one line with the file, its line, the value, the rule and the way out."
 
@@ -473,6 +475,7 @@ def python_items() -> list[Item]:
     return matched_items(python_questions("val"))
 
 # %% ../nbs/19_evaluate.ipynb #9cb74add
+#| code-fold: true
 @dataclass(frozen=True)
 class Task:
     "What is measured: texts for bits per byte, or items for accuracy."
@@ -533,11 +536,19 @@ def _words(e: Estimate, metric: str) -> str:
 def _change(e: Estimate, metric: str) -> str:
     "A difference: in bits per byte, or in points."
     if metric == "bpb": return f"{e.value:+.4f} ({e.low:+.4f} to {e.high:+.4f})"
-    return f"{100 * e.value:+.1f} points ({100 * e.low:+.1f} to {100 * e.high:+.1f})"
+    value, low, high = (round(100 * number, 1) + 0.0 for number in (e.value, e.low, e.high))  # + 0.0: no sign before a zero that was rounded
+    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+def best_rule(task: Task) -> Result:
+    "Of the rules that need no model the one that is right most often on the task's items with choices."
+    rules = mark_rules([item for item in task.items if len(item.choices) > 1])
+    name, marks = max(rules.items(), key=lambda rule: rule[1].mean())
+    return Result(name, marks)
 
 
 def report(task: Task, results: dict[str, list[Result]]) -> str:
-    "A task's results, checkpoint -> measures, in lines: yardsticks that need no model, each checkpoint, and each against the first."
+    "A task's results, checkpoint -> measures, in lines: rules that need no model, each checkpoint against the best of them and against the first."
     if task.texts:
         lines = [f"{task.name}: {sum(len(text.encode()) for text in task.texts):,} bytes in {len(task.texts):,} documents"]
     else:
@@ -546,11 +557,14 @@ def report(task: Task, results: dict[str, list[Result]]) -> str:
         lines = [f"{task.name}: {len(task.items):,} questions" + (f"; without a model: {known}" if known else "")]
     first, width = next(iter(results)), max(map(len, results))
     for row, metric in enumerate(result.metric for result in results[first]):
-        change = f", and the change from {first}" if len(results) > 1 else ""
-        lines.append(f"  {metric}, with 95% intervals{change}")
+        rule = best_rule(task) if metric.startswith("accuracy") else None
+        against = [f"the rule {rule.metric}"] if rule else []
+        if len(results) > 1: against.append(first)
+        lines.append(f"  {metric}, with 95% intervals" + (f"; change from {', and from '.join(against)}" if against else ""))
         for name, some in results.items():
-            against = "" if name == first else f"   {_change(some[row].minus(results[first][row]), metric)}"
-            lines.append(f"    {name:{width}}  {_words(some[row].estimate(), metric)}{against}")
+            others = ([rule] if rule else []) + ([] if name == first else [results[first][row]])
+            columns = [_words(some[row].estimate(), metric), *(_change(some[row].minus(other), metric) for other in others)]
+            lines.append(f"    {name:{width}}  " + "   ".join(columns))
     return "\n".join(lines)
 
 # %% ../nbs/19_evaluate.ipynb #3addd106
@@ -593,10 +607,11 @@ def lm_eval_model(model: GPT, encoding: tiktoken.Encoding, batch_tokens: int = B
     try:
         from lm_eval.api.model import LM
     except ImportError:
-        raise ValueError("lm-eval is not installed: pip install 'daisy[lm-eval]'") from None
+        raise ValueError("lm-eval is not installed: pip install -e '.[lm-eval]'") from None
     return type("DaisyLM", (HarnessCalls, LM), {})(model, encoding, batch_tokens)
 
 # %% ../nbs/19_evaluate.ipynb #5cff910e
+#| code-fold: true
 def _byte_signs() -> dict[int, str]:
     "The printable character by which GPT-2's files and tokenizer.json write each byte: itself, or the next one from U+0100 on."
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -637,6 +652,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
                    merges=[[printable(a), printable(b)] for a, b in merges_from_ranks(tokens)]))
 
 # %% ../nbs/19_evaluate.ipynb #8a85e19f
+#| code-fold: true
 MODELLING_FILE = "modeling_daisy.py"
 MODELLING = '''"""A daisy model for Hugging Face transformers, of which daisy itself needn't be installed. It keeps no key-value cache."""
 import torch
@@ -794,6 +810,7 @@ class DaisyForCausalLM(PreTrainedModel, GenerationMixin):
 '''
 
 # %% ../nbs/19_evaluate.ipynb #bcdb2d99
+#| code-fold: true
 PLAIN_VALUES = dict(value_embeds=False, residual_gates=False, x0_gates=False, depth_skips=False, smear=False, backout=False,
                     attention_gate=False, long_every=0, logit_softcap=0.0, rope_fraction=1.0)
 
@@ -868,7 +885,7 @@ def export_model(config: GPTConfig, state: dict[str, Tensor], encoding: tiktoken
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise ValueError("safetensors is not installed: pip install 'daisy[hf]'") from None
+        raise ValueError("safetensors is not installed: pip install -e '.[hf]'") from None
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: name a new one, so that nothing is written over")

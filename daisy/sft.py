@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['INSTRUCTION', 'RESPONSE', 'SYSTEM', 'TEMPLATE', 'HEADINGS', 'CALL', 'ANSWER_CHARS', 'USUAL_NAMES', 'PHRASINGS',
            'PAIRS', 'QUESTIONS', 'check_conversation', 'encode_conversation', 'one_turn', 'document_entries',
-           'first_paragraph', 'Question', 'python_questions', 'multiple_choice', 'conversation_of', 'shares',
-           'parse_source', 'build_sft_shards', 'main']
+           'first_paragraph', 'Question', 'python_questions', 'conversation_of', 'shares', 'parse_source',
+           'build_sft_shards', 'main']
 
 # %% ../nbs/18_sft.ipynb #2
 import argparse
@@ -137,7 +137,8 @@ def python_questions(split: str, val_fraction: float = 0.05, seed: int = 0) -> l
 
     A question and its docstring are in `val` where `build_corpus_shards("python_docs", ...)` with the same
     `val_fraction` and `seed` (its defaults) puts their module, so that neither pretraining nor fine-tuning has seen them.
-    Held-out answers differ from each other and stand nowhere in a training document. Some 270 on Python 3.11.
+    Held-out answers differ from each other and stand nowhere in a training document, and training asks about no held-out
+    name. Some 270 on Python 3.11.
     """
     if split not in ("train", "val"): raise ValueError(f"split={split!r} must be train or val")
     documents = {"train": [], "val": []}
@@ -145,30 +146,13 @@ def python_questions(split: str, val_fraction: float = 0.05, seed: int = 0) -> l
     questions = [question for document in documents[split] for question in _questions_of(document)]
     if split == "train": return questions
     seen, fresh = set(), []
+    asked = {question.name for document in documents["train"] for question in _questions_of(document)}
     trained_on = "\n".join(_plain(document.text) for document in documents["train"])
     for question in questions:
         answer = _plain(question.answer)
-        if answer not in seen and answer not in trained_on: fresh.append(question)
+        if answer not in seen and answer not in trained_on and question.name not in asked: fresh.append(question)
         seen.add(answer)
     return fresh
-
-# %% ../nbs/18_sft.ipynb #28
-def _draw(seed, *words):
-    "A number as good as random that depends on nothing but the words."
-    return hashlib.sha256("\n".join(map(str, (seed, *words))).encode()).digest()
-
-
-def multiple_choice(questions: list[Question], num_choices: int = 4, seed: int = 0) -> list[tuple[Question, list[str], int]]:
-    "(question, answers to choose from, index of the right one) for each; the wrong ones are right for other questions."
-    if len(questions) < num_choices:
-        raise ValueError(f"{len(questions)} questions can't give {num_choices} answers to choose from; give {num_choices} or more")
-    rows = []
-    for asked in questions:
-        others = sorted((q for q in questions if q != asked), key=lambda q: _draw(seed, asked.name, q.name, q.answer))
-        choices = [asked, *others[:num_choices - 1]]
-        choices.sort(key=lambda q: _draw(seed, "order", asked.name, q.name, q.answer))
-        rows.append((asked, [q.answer for q in choices], choices.index(asked)))
-    return rows
 
 # %% ../nbs/18_sft.ipynb #31
 PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"),
@@ -198,6 +182,7 @@ def conversation_of(row: dict) -> list[dict]:
             raise ValueError(f"no conversation: it has the columns {', '.join(row) or 'none'}; wanted are messages, or "
                              + ", or ".join(" and ".join(pair) for pair in PAIRS))
         prompt, response = (row[name] for name in pair)
+        if isinstance(response, str) and not response.strip(): raise ValueError(f"no response: {pair[1]!r} is empty")
         if pair[0] == "instruction" and row.get("input"): prompt = f"{prompt}\n\n{row['input']}"
         messages = one_turn(prompt, response)
         if row.get("system"): messages = [{"role": "system", "content": row["system"]}, *messages]
@@ -266,6 +251,8 @@ def _open_source(name, max_bad, hub_folder, progress):
     if name == QUESTIONS:
         return ((one_turn(words, q.answer), split) for split in ("train", "val") for q in python_questions(split)
                 for words in (q.phrasings if split == "train" else q.phrasings[:1]))
+    if name.lower().endswith((".csv", ".tsv")):
+        raise CorpusError(f"{name}: a {name[-4:].lower()} isn't read; convert it to JSONL, one object a line")
     if Path(name).exists() or glob.has_magic(name): files = [name]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", name) and not name.lower().endswith((".jsonl", ".parquet", ".gz", ".zst")):
         files = download_dataset(name, hub_folder, progress=progress)
@@ -366,6 +353,7 @@ def build_sft_shards(sources, out_dir, encoding, *, num_tokens=None, val_tokens=
     return build_marked_shards(make_splits, out_dir, encoding)
 
 # %% ../nbs/18_sft.ipynb #46
+#| code-fold: true
 def _parser():
     parser = argparse.ArgumentParser(
         prog="build_sft_shards.py", description="Turn questions with answers into shards for fine-tuning: only the responses "

@@ -46,7 +46,7 @@ PROMISES = {
         "a_build_that_fails_leaves_the_old_one, shards_of_others_are_not_touched, the_command_is_the_same_in_every_process, "
         "the_command_says_in_one_line_what_is_wrong, a_data_set_of_the_hub_by_its_name, a_hub_that_answers_nonsense_is_one_line, "
         "a_data_set_that_the_hub_lacks_and_no_hub_at_all, held_out_questions_are_in_no_training_text, "
-        "the_shards_of_questions_hold_the_split_of_the_documents, wrong_answers_are_of_other_questions",
+        "the_shards_of_questions_hold_the_split_of_the_documents",
     "one template and END_OF_TEXT behind every response; loss on responses, or on all with loss_on_prompt": "sft: "
         "exactly_the_responses_are_scored, one_turn_is_the_template_in_any_vocabulary, what_is_no_conversation_is_one_line, "
         "decoding_stops_where_training_stopped, marks_round_trip_and_the_ids_stay_where_they_were, a_marked_shard_cut_anywhere_is_refused, "

@@ -1,6 +1,6 @@
 """What the lesson on evaluation can't hold: harness, transformers, command lines, bad input, every switch of the model.
 
-`pip install 'daisy[hf]'` and `pip install 'daisy[lm-eval]'` bring what the tests that are skipped without them need.
+`pip install -e '.[hf]'` and `pip install -e '.[lm-eval]'` bring what the tests that are skipped without them need.
 """
 import importlib.util
 import json
@@ -15,8 +15,8 @@ from daisy import evaluate
 from daisy.gpt import GPT, GPTConfig
 from daisy.tokens import encode_documents, train_encoding
 
-needs_transformers = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("transformers", "safetensors"))), reason="pip install 'daisy[hf]'")
-needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install 'daisy[lm-eval]'")
+needs_transformers = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("transformers", "safetensors"))), reason="pip install -e '.[hf]'")
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -e '.[lm-eval]'")
 
 TEXT = "def join(path, *paths):\n    Join two or more pathname components, inserting '/' as needed.\n\nÜber 12 daisies: 🌼 don't.\n"
 
@@ -113,6 +113,14 @@ def test_shards_become_text_again_for_models_of_another_vocabulary(tmp_path, enc
     first = evaluate.read_texts(str(tmp_path / "shards" / "train_*.bin"), max_bytes=100)
     assert sum(len(text.encode()) for text in first) == 100
     assert evaluate.score_texts(model, encoding, first).num_bytes.sum() == 100
+
+
+def test_what_is_no_shard_is_refused_before_a_vocabulary_is_looked_for(tmp_path, monkeypatch):
+    from daisy.shards import ShardError
+    (tmp_path / "junk.bin").write_bytes(b"junk" * 600)
+    def none_here(name): raise AssertionError("looked for a vocabulary")
+    monkeypatch.setattr(evaluate, "load_encoding", none_here)
+    with pytest.raises(ShardError, match="junk.bin"): evaluate.open_task(f"bpb:{tmp_path}/junk.bin")
 
 
 def test_models_of_different_vocabularies_are_compared_piece_by_piece(encoding):
@@ -279,6 +287,16 @@ def test_paired_intervals_are_narrow_where_items_are_hard_for_both():
     assert (evaluate.bootstrap(a, seed=1) == evaluate.bootstrap(a, seed=1)).all() and (evaluate.bootstrap(a, seed=1) != evaluate.bootstrap(a, seed=2)).any()
 
 
+def test_the_best_rule_is_compared_on_the_same_items():
+    items = tuple(evaluate.Item("join paths", choices, 0) for choices in (("join paths", "a cat sits", "it"), ("joins", "a long other text", "b")))
+    task = evaluate.Task("toy", items=(*items, evaluate.Item("What?", ("that",), 0)))  # the last has no choices and counts for no rule
+    rule = evaluate.best_rule(task)
+    assert rule.metric == "most letters shared" and rule.values.tolist() == [1, 1]
+    said = evaluate.report(task, {"a": [evaluate.Result("accuracy by sum", np.array([1.0, 0])), evaluate.Result("exact match", np.zeros(3))]})
+    assert "accuracy by sum, with 95% intervals; change from the rule most letters shared" in said and "-50.0 points (-100.0 to +0.0)" in said
+    assert "exact match, with 95% intervals\n" in said
+
+
 # the questions about Python
 
 def test_python_items_are_many_held_out_and_hard_to_guess():
@@ -373,7 +391,7 @@ def test_lm_eval_drives_a_model_without_a_network(tmp_path, monkeypatch, model, 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is here")
 def test_without_lm_eval_the_way_to_it_is_named(model, encoding):
-    with pytest.raises(ValueError, match=r"pip install 'daisy\[lm-eval\]'"): evaluate.lm_eval_model(model, encoding)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[lm-eval\]'"): evaluate.lm_eval_model(model, encoding)
 
 
 # transformers
@@ -531,7 +549,7 @@ def test_gpt2s_too(tmp_path):
 def test_an_export_without_safetensors_says_what_to_install(tmp_path, monkeypatch, encoding, model):
     import sys
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match=r"pip install 'daisy\[hf\]'"): evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[hf\]'"): evaluate.export_model(model.config, model.state_dict(), encoding, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -585,6 +603,12 @@ def test_the_report_and_the_rows(run_dir, tmp_path, capsys):
     first = rows[0]
     assert first["task"] == tasks[0] and first["metric"] == "accuracy by sum" and first["n"] == 20 and first["name"] == "two/state_step_2"
     assert "compared_with" not in first and next(r for r in rows if r["name"] == "three/state_step_3")["compared_with"] == "two/state_step_2"
+    items = evaluate.open_task(tasks[0]).items
+    rules = {name: marks.mean() for name, marks in evaluate.mark_rules([item for item in items if len(item.choices) > 1]).items()}
+    assert first["rule_accuracy"] == round(max(rules.values()), 6) == round(rules[first["rule"]], 6) and f"change from the rule {first['rule']}, and from" in said
+    assert first["over_rule"] == pytest.approx(first["accuracy"] - first["rule_accuracy"], abs=2e-4)
+    assert first["over_rule_interval"][0] <= first["over_rule"] <= first["over_rule_interval"][1]
+    assert all(("over_rule" in row) == row["metric"].startswith("accuracy") for row in rows)
     bpb = [row for row in rows[:10] if row["metric"] == "bpb"]
     assert len(bpb) == 2 and bpb[0]["interval"][0] <= bpb[0]["bpb"] <= bpb[0]["interval"][1] and bpb[0]["bytes"] > 100
     assert bpb[1]["difference"] == pytest.approx(bpb[1]["bpb"] - bpb[0]["bpb"], abs=2e-4)
@@ -594,7 +618,7 @@ def test_the_report_and_the_rows(run_dir, tmp_path, capsys):
 @pytest.mark.parametrize("words, said", [
     (["none.pt"], "no checkpoint at none.pt"), (["."], "no checkpoint at ."), (["{two}", "--tasks", "quiz"], "no task 'quiz'"), (["{two}", "--tasks", "bpb:"], "names no text"), (["{two}", "--tasks", "bpb:none.txt"], "no corpus"),
     (["{two}", "--tasks", "bpb:none_*.bin"], "matches no file"), (["{rows}"], "not a usable checkpoint"), (["{two}", "--max_bytes", "0"], "must be 1 or more"),
-    (["{two}", "--device", "tpu"], "not known"),
+    (["{two}", "--device", "tpu"], "not known"), (["{two}", "{two}/state_step_2.pt"], "is named twice"),
 ])
 def test_what_cannot_be_measured_is_one_line(run_dir, tmp_path, monkeypatch, capsys, words, said):
     from daisy.real_run import evaluate_main
