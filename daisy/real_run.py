@@ -45,7 +45,7 @@ from .config import (
     ConfigError, TrainConfig, accumulation_steps, config_help, config_sources, config_to_dict, config_to_yaml, load_config,
     parse_overrides, read_yaml)
 from .distributed import RankLost, Ranks, from_first, join_ranks, leave_ranks
-from .evaluate import Result, Task, export_model, measure, open_task, report
+from .evaluate import Result, Task, best_rule, export_model, measure, open_task, report
 from .generate import Decoder, Sampling, generate, generate_batch, stream_text
 from .gpt import GPT, GPTConfig, choose_loss_kernel, compile_gpt, count_parameters, explain_loss_kernel, flops_per_token
 from .loader import TokenLoader, validation_batches
@@ -1083,18 +1083,22 @@ def _evaluate_parser() -> argparse.ArgumentParser:
 
 
 def evaluation_rows(task: Task, results: dict[str, list[Result]], shapes: dict[str, dict]) -> list[dict]:
-    "What `results/evaluate.jsonl` says of a task: a row for each checkpoint and metric, with the paired difference to the first checkpoint."
+    "What `results/evaluate.jsonl` says of a task: a row for each checkpoint and metric, with the paired differences to the first checkpoint and to the best rule."
     rows, (first, *_) = [], results
     for name, some in results.items():
         for result, base in zip(some, results[first]):
             e = result.estimate()
             field = "bpb" if result.metric == "bpb" else "accuracy"
-            row = dict(name=name, **shapes[name], task=task.name, metric=result.metric, n=len(result.values), interval=[round(e.low, 4), round(e.high, 4)])
-            row[field] = round(e.value, 4)
+            row = dict(name=name, **shapes[name], task=task.name, metric=result.metric, n=len(result.values), interval=[round(e.low, 6), round(e.high, 6)])
+            row[field] = round(e.value, 6)
             if result.weights is not None: row["bytes"] = int(result.weights.sum())
+            if result.metric.startswith("accuracy"):
+                rule = best_rule(task)
+                d = result.minus(rule)
+                row |= dict(rule=rule.metric, rule_accuracy=round(rule.estimate().value, 6), over_rule=round(d.value, 6), over_rule_interval=[round(d.low, 6), round(d.high, 6)])
             if name != first:
                 d = result.minus(base)
-                row |= dict(compared_with=first, difference=round(d.value, 4), difference_interval=[round(d.low, 4), round(d.high, 4)])
+                row |= dict(compared_with=first, difference=round(d.value, 6), difference_interval=[round(d.low, 6), round(d.high, 6)])
             rows.append(row)
     return rows
 
@@ -1116,7 +1120,9 @@ def evaluate_main(argv: list[str] | None = None) -> int:
         for name in ("max_bytes", "batch_tokens"):
             if getattr(args, name) < 1: raise ValueError(f"--{name} {getattr(args, name)} must be 1 or more")
         device = choose_device(args.device)
-        paths = list(dict.fromkeys(map(checkpoint_file, args.checkpoints)))
+        paths = list(map(checkpoint_file, args.checkpoints))
+        if twice := [path for i, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:i]]]:
+            raise ValueError(f"{twice[0]} is named twice: name each checkpoint once")
         tasks = [open_task(spec, args.max_bytes, args.chat) for spec in dict.fromkeys(args.tasks)]
         results, shapes = [{} for _ in tasks], {}
         for path in paths:
