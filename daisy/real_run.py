@@ -467,8 +467,8 @@ def check_marks(config: TrainConfig, is_first: bool = True) -> None:
         try:
             files = shard_files(pattern)
         except ShardError:
-            raise ConfigError(f"{pattern}: matches no file; `python build_sft_shards.py --source FILE{_encoding_option(config)} "
-                              f"--out-dir {Path(pattern).parent}` builds shards there") from None
+            raise ConfigError(f"{pattern}: matches no file; `python build_sft_shards.py --source SOURCE --out-dir "
+                              f"{Path(pattern).parent}{_encoding_option(config)}` builds shards there") from None
         if is_first and (unmarked := [file for file in files if read_mask(file) is None]):
             return print(f"warning: {unmarked[0]} marks no responses, so every token teaches; build shards with "
                          "build_sft_shards.py, or set loss_on_prompt=true", file=sys.stderr)
@@ -754,6 +754,7 @@ def sample_main(argv: list[str] | None = None) -> int:
         _check_sample_args(args)
         how = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
         path = checkpoint_to_sample(args.checkpoint)
+        prompt = None if args.chat else read_prompt(args.prompt, args.raw)
         model, encoding = load_model(path, choose_device(args.device, "--device "), args.max_seq_len)
         if encoding.n_vocab > model.config.vocab_size:
             raise ValueError(f"{path}: its encoding has {encoding.n_vocab:,} tokens and its model a vocabulary of {model.config.vocab_size:,}: "
@@ -763,7 +764,6 @@ def sample_main(argv: list[str] | None = None) -> int:
         if args.chat:
             chat(decoder, encoding, args.prompt, args.max_tokens, how, args.seed)
             return 0
-        prompt = read_prompt(args.prompt, args.raw)
         if (length := len(encoding.encode_ordinary(prompt)) + 1) > model.config.max_seq_len:
             print(f"sample.py: the prompt has {length:,} tokens and a layer looks back at {model.config.max_seq_len:,}: "
                   "it counts for little before those", file=sys.stderr)
