@@ -16,8 +16,9 @@ from daisy import real_run
 from daisy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from daisy.config import COMMANDS
 from daisy.real_run import DEFAULT_PROMPT, TEMPLATE, bench_main, sample_main, train_main
+from daisy.sft import build_sft_shards
 from daisy.shards import build_corpus_shards
-from daisy.tokens import encoding_from_json, encoding_from_merges, encoding_to_json
+from daisy.tokens import encoding_from_json, encoding_from_merges, encoding_to_json, load_encoding
 
 ROOT = Path(__file__).parent.parent
 
@@ -432,6 +433,39 @@ def test_more_tokens_than_memory_holds(sample):
 def test_a_refused_seed_prints_no_prompt(sample):
     code, out, _ = sample("--seed", -1)
     assert code == 1 and out == ""
+
+
+# ---- fine-tuning on shards that mark no responses
+
+def fine_tune(run_dir, checkpoint, folder, capsys, *overrides):
+    "Two steps from the checkpoint's weights: exit code, and the lines on standard error but for the progress bar."
+    capsys.readouterr()
+    code = train_main([str(run_dir / "run.yml"), f"init_checkpoint={checkpoint}", "ignore_prior_schedule=true", f"checkpoint_dir={folder / 'tuned'}", *overrides])
+    return code, [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "marks" in line or line.startswith("train.py")]
+
+
+def test_only_a_run_that_asks_for_responses_warns_of_shards_without_marks(run_dir, checkpoint, tmp_path, capsys):
+    code, said = fine_tune(run_dir, checkpoint, tmp_path, capsys, "loss_on_prompt=false")
+    assert code == 0 and said == [f"warning: {run_dir}/data/train_000.bin marks no responses, so every token teaches; build shards with build_sft_shards.py, "
+                                  "or set loss_on_prompt=true"]
+    for number, overrides in enumerate(([], ["loss_on_prompt=true"])):
+        assert fine_tune(run_dir, checkpoint, tmp_path / str(number), capsys, *overrides) == (0, [])
+
+
+def test_marked_shards_are_no_reason_to_warn(run_dir, checkpoint, tmp_path, capsys):
+    rows = [json.dumps({"instruction": f"What is {i} plus {i}?", "response": f"{i} plus {i} is {2 * i}."}) for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    build_sft_shards([str(tmp_path / "rows.jsonl")], tmp_path / "own", load_encoding(run_dir / "data" / "encoding.json"))
+    own = [f"{split}_files={tmp_path}/own/{split}_*.bin" for split in ("train", "val")]
+    (tmp_path / "own" / "encoding.json").write_text((run_dir / "data" / "encoding.json").read_text())
+    assert fine_tune(run_dir, checkpoint, tmp_path, capsys, "loss_on_prompt=false", *own) == (0, [])
+
+
+def test_missing_shards_for_responses_name_their_builder(run_dir, checkpoint, tmp_path, capsys):
+    own = [f"{split}_files={tmp_path}/own/{split}_*.bin" for split in ("train", "val")]
+    code, said = fine_tune(run_dir, checkpoint, tmp_path, capsys, "loss_on_prompt=false", *own)
+    assert code == 1 and said == [f"train.py: {tmp_path}/own/train_*.bin: matches no file; `python build_sft_shards.py --source SOURCE --out-dir {tmp_path}/own "
+                                  f"--encoding {run_dir}/data/encoding.json` builds shards there"]
 
 
 # ---- what it costs
