@@ -1,7 +1,7 @@
 """Start train.py in one or several processes, as run.sh does; `./run.sh --help` says how."""
 import sys
 
-from daisy.real_run import launch_main
+from daisy.config import start
 
 if __name__ == "__main__":
-    sys.exit(launch_main(__file__.replace("launch.py", "train.py")))
+    sys.exit(start("daisy.real_run", "launch_main", __file__.replace("launch.py", "train.py"), program="run.sh"))

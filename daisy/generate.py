@@ -37,7 +37,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 # %% ../nbs/17_generate.ipynb #40
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    "Make the tokens `seen` (B, T) less likely in logits (B, V): positive logits shrink, negative ones grow (Keskar et al. 2019)."
+    """Make the tokens `seen` (B, T) less likely in logits (B, V).
+
+    Positive logits are divided by the penalty, negative ones multiplied, so both fall (after Keskar et al. 2019, who divide all).
+    """
     at = logits.gather(-1, seen)
     return logits.scatter(-1, seen, torch.where(at > 0, at / penalty, at * penalty))
 
@@ -55,7 +58,7 @@ class Sampling:
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature {self.temperature} must be 0 or more: 0 takes the likeliest token, 1 the model's own odds")
+            raise ValueError(f"temperature {self.temperature} must be 0 or more: 0 takes the likeliest token, 1 the model's own chances")
         if self.top_k < 0 or self.top_k != int(self.top_k):
             raise ValueError(f"top_k {self.top_k} must be a whole number, 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:

@@ -6,11 +6,11 @@ __all__ = ['MODEL_CLASSES', 'COMPILED_WORDS', 'PRINT_CONFIG', 'TRAIN_USAGE', 'MO
            'checkpoint_file', 'starting_checkpoint', 'newest_checkpoint', 'prepare_data', 'run_encoding',
            'choose_compilation', 'choose_compute_dtype', 'build_model', 'load_model', 'run_optimizers', 'run_schedule',
            'restore', 'compressor_bits_per_byte', 'validation_text', 'describe', 'run_facts', 'print_continuation',
-           'print_stream', 'examine', 'Run', 'one_line_errors', 'first_to_say', 'read_run_config', 'train_main',
-           'train', 'processes_to_start', 'rendezvous_flags', 'launch_main', 'utf8_text', 'read_prompt', 'questions',
-           'fit_conversation', 'chat', 'print_samples', 'sample_main', 'metric_curves', 'plot_metrics', 'plot_main',
-           'bench_trainer', 'compare_ranks', 'bench_run', 'bench_main', 'evaluation_rows', 'evaluate_main',
-           'export_main']
+           'print_stream', 'examine', 'Run', 'one_line_errors', 'first_to_say', 'check_marks', 'read_run_config',
+           'train_main', 'train', 'processes_to_start', 'rendezvous_flags', 'launch_main', 'utf8_text', 'read_prompt',
+           'questions', 'fit_conversation', 'chat', 'checkpoint_to_sample', 'print_samples', 'sample_main',
+           'metric_curves', 'plot_metrics', 'plot_main', 'bench_trainer', 'compare_ranks', 'bench_run', 'bench_main',
+           'evaluation_rows', 'evaluate_main', 'export_main']
 
 # %% ../nbs/23_real_run.ipynb #2
 import argparse
@@ -22,6 +22,7 @@ import os
 import platform
 import shlex
 import signal
+import stat
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from .attention import choose_backend, explain_backend
 from .checkpoint import (
     Saver, finish_run, latest_checkpoint, load_checkpoint, open_run, random_state, set_random_state)
 from .config import (
-    ConfigError, TrainConfig, accumulation_steps, config_help, config_sources, config_to_dict, config_to_yaml, load_config,
+    CommandLine, ConfigError, TrainConfig, accumulation_steps, config_help, config_sources, config_to_dict, config_to_yaml, load_config,
     parse_overrides, read_yaml)
 from .distributed import RankLost, Ranks, from_first, join_ranks, leave_ranks
 from .evaluate import Result, Task, best_rule, export_model, measure, open_task, report
@@ -52,7 +53,7 @@ from .loader import TokenLoader, validation_batches
 from .optim import build_optimizers, load_optimizer_state, state_kinds, take_step
 from .schedules import Schedule, set_hyperparameters
 from .sft import QUESTIONS, TEMPLATE, build_sft_shards, encode_conversation, one_turn
-from .shards import build_corpus_shards, read_mask, read_shard, scored_tokens, shard_files, shard_length
+from .shards import ShardError, build_corpus_shards, read_mask, read_shard, scored_tokens, shard_files, shard_length
 from .speed import append_row, bench_attention, bench_decode, bench_model, call_seconds, current_commit, decode_kernels, machine_name, result_row
 from .tokens import encoding_from_json, encoding_to_json, load_encoding, token_byte_lengths
 from .trainer import MetricsLog, Progress, Trainer, TrainingStopped, evaluate, read_metrics, summary_writer, tensorboard_log
@@ -68,16 +69,16 @@ def get_model_class(model_type: str) -> type:
     return MODEL_CLASSES[model_type]
 
 
-def choose_device(name: str) -> torch.device:
-    "`auto` takes a CUDA GPU where there is one, else the CPU; ValueError for a device that isn't there."
+def choose_device(name: str, key: str = "device=") -> torch.device:
+    "`auto` takes a CUDA GPU where there is one, else the CPU; ValueError for a device that isn't there, set by `key`."
     if name not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f"device={name} is not known: choose auto, cpu, cuda or mps")
+        raise ValueError(f"{key}{name} is not known: choose auto, cpu, cuda or mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name} needs a CUDA GPU and torch sees none here: set device=cpu")
+        raise ValueError(f"{key}{name} needs a CUDA GPU and torch sees none here: set {key}cpu")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device=mps needs an Apple GPU and torch sees none here: set device=cpu")
+        raise ValueError(f"{key}mps needs an Apple GPU and torch sees none here: set {key}cpu")
     return torch.device(name)
 
 # %% ../nbs/23_real_run.ipynb #d1e2f3a5
@@ -484,6 +485,26 @@ def first_to_say(error: BaseException, ranks: Ranks) -> bool:
         return True
 
 
+# %% ../nbs/23_real_run.ipynb #5f7a0002
+def check_marks(config: TrainConfig, is_first: bool = True) -> None:
+    "For a run that only responses should teach: ConfigError where it has no shards; the first rank warns where they mark none."
+    for pattern in (config.train_files, config.val_files):
+        try:
+            files = shard_files(pattern)
+        except ShardError:
+            raise ConfigError(f"{pattern}: matches no file; `python build_sft_shards.py --source SOURCE --out-dir "
+                              f"{Path(pattern).parent}{_encoding_option(config)}` builds shards there") from None
+        if is_first and (unmarked := [file for file in files if read_mask(file) is None]):
+            return print(f"warning: {unmarked[0]} marks no responses, so every token teaches; build shards with "
+                         "build_sft_shards.py, or set loss_on_prompt=true", file=sys.stderr)
+
+
+def _encoding_option(config: TrainConfig) -> str:
+    "What names the encoding of the run's starting checkpoint to a builder of shards; nothing where it is the usual one."
+    saved = load_checkpoint(starting_checkpoint(config.init_checkpoint))["config"] if config.init_checkpoint else None
+    path = Path(saved["train_files"]).parent / "encoding.json" if saved else None
+    return f" --encoding {path}" if path and path.exists() else ""
+
 # %% ../nbs/23_real_run.ipynb #34
 def read_run_config(path, overrides: list[str]) -> tuple[TrainConfig, dict[str, str]]:
     "The run's config and where each key came from; the variable BEGIN_SHARD, which run.sh sets, counts as an override."
@@ -550,6 +571,7 @@ def train(config: TrainConfig, sources: dict[str, str], ranks: Ranks) -> None:
         if ranks.rank == 0:
             prepare_data(config)  # never where the user named the files: those are not to be made up
         from_first(None, ranks)   # the others wait
+    if sources["loss_on_prompt"] != "default" and not config.loss_on_prompt: check_marks(config, ranks.rank == 0)
     Run(config, ranks=ranks).train()
 
 
@@ -633,12 +655,18 @@ def utf8_text(data: bytes, name: str) -> str:
                          "convert it, with `iconv -f latin1 -t utf-8` for example") from None
 
 
+def _is_piped() -> bool:
+    "Whether standard input is a pipe or a file, neither a terminal nor the empty device that a job without input has."
+    return sys.stdin is not None and not sys.stdin.isatty() and not stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode)
+
+
 def read_prompt(prompt: str | None, raw: bool) -> str:
     "The prompt given, or what is piped in, or the default; put into the instruction template unless `raw`."
     if prompt is not None:
         prompt = utf8_text(os.fsencode(prompt), "the prompt")
-    elif sys.stdin is not None and not sys.stdin.isatty():
-        prompt = utf8_text(sys.stdin.buffer.read(), "standard input").rstrip("\n") or None
+    elif _is_piped():
+        prompt = utf8_text(sys.stdin.buffer.read(), "standard input").rstrip("\n")
+        if not prompt: raise ValueError("standard input is empty: pipe a text in, or give one with --prompt")
     prompt = DEFAULT_PROMPT if prompt is None else prompt
     if not raw and not prompt.strip():
         raise ValueError("the prompt is empty: give an instruction, or --raw to let the model begin a text of its own")
@@ -673,9 +701,10 @@ def fit_conversation(turns: list, question: str, encoding, room: int) -> tuple[l
 
 def chat(decoder: Decoder, encoding, first: str | None, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
     "Answer question after question, each read after those before it and their answers."
-    turns = []
+    turns, seq_len = [], decoder.config.max_seq_len
+    room = seq_len - min(max_tokens, seq_len // 4)  # a longer answer lets the beginning slide out of sight
     for number, question in enumerate(questions(first)):
-        kept, ids = fit_conversation(turns, question, encoding, decoder.config.max_seq_len - max_tokens)
+        kept, ids = fit_conversation(turns, question, encoding, room)
         if len(kept) < len(turns):
             print(f"(the first {len(turns) - len(kept)} of {len(turns)} turns no longer fit and are left out)", file=sys.stderr)
         try:
@@ -689,8 +718,8 @@ def chat(decoder: Decoder, encoding, first: str | None, max_tokens: int, samplin
 
 # %% ../nbs/23_real_run.ipynb #5a3b0003
 def _sample_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sample.py", description="Continue a text with a trained model.")
-    parser.add_argument("checkpoint", nargs="?", help="checkpoint file; without it the latest in checkpoints*/")
+    parser = CommandLine(prog="sample.py", description="Continue a text with a trained model.")
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint file, or a folder for the latest in it; without it the latest in checkpoints*/")
     parser.add_argument("--prompt", help=f"the instruction, or the text to continue; default: standard input, or {DEFAULT_PROMPT!r}")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the instruction template")
     parser.add_argument("--chat", action="store_true", help="a conversation: a line is a question; ends with the input")
@@ -711,8 +740,23 @@ def _check_sample_args(args) -> None:
     for name, most in (("max_tokens", MAX_SAMPLE_TOKENS), ("max_seq_len", MAX_SAMPLE_TOKENS), ("num_samples", 1024)):
         if (value := getattr(args, name)) is not None and not 1 <= value <= most:
             raise ValueError(f"--{name} {value} must be from 1 to {most:,}")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed} must be from 0 to 2**63 - 1; leave --seed out for a text that is new each time")
     if args.chat and (args.raw or args.num_samples > 1):
         raise ValueError(f"--chat is one conversation in the template: leave out {'--raw' if args.raw else '--num_samples'}")
+
+
+def checkpoint_to_sample(name: str | None) -> Path:
+    "The checkpoint file `name`, the latest in the folder `name`, or the latest of all runs; ValueError where there is none."
+    if name is None:
+        if found := newest_checkpoint(): return found
+        raise ValueError("no checkpoint in checkpoints/: train one with ./run.sh config/tiny.yml, or name a file")
+    path = Path(name)
+    if path.is_dir():
+        if found := latest_checkpoint(path): return found
+        raise ValueError(f"no checkpoint in {path}: it is a folder without a state_step_N.pt")
+    if not path.exists(): raise ValueError(f"{name}: there is no such file; a question goes behind --prompt")
+    return path
 
 
 def print_samples(decoder: Decoder, encoding, prompt: str, number: int, max_tokens: int, sampling: Sampling, seed: int | None) -> None:
@@ -726,26 +770,27 @@ def print_samples(decoder: Decoder, encoding, prompt: str, number: int, max_toke
 
 def sample_main(argv: list[str] | None = None) -> int:
     "The command `daisy-sample [CHECKPOINT] [--prompt TEXT] [--raw | --chat] ...`; returns the exit code."
+    parser = _sample_parser()
     try:
-        args = _sample_parser().parse_args(argv)
+        args, rest = parser.parse_known_args(argv)
+        if rest: parser.error(f"not understood: {shlex.join(rest)}" + "; a question goes behind --prompt" * (rest[0][:1] != "-"))
     except SystemExit as stop:
         return int(stop.code or 0)
 
     def body():
         _check_sample_args(args)
         how = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-        path = args.checkpoint or newest_checkpoint()
-        if path is None:
-            raise ValueError("no checkpoint in checkpoints/: train one with ./run.sh config/tiny.yml, or name a file")
-        model, encoding = load_model(path, choose_device(args.device), args.max_seq_len)
+        path = checkpoint_to_sample(args.checkpoint)
+        prompt = None if args.chat else read_prompt(args.prompt, args.raw)
+        model, encoding = load_model(path, choose_device(args.device, "--device "), args.max_seq_len)
         if encoding.n_vocab > model.config.vocab_size:
             raise ValueError(f"{path}: its encoding has {encoding.n_vocab:,} tokens and its model a vocabulary of {model.config.vocab_size:,}: "
                              "they don't belong together; take the checkpoint as training wrote it")
+        if str(path) != args.checkpoint: print(f"checkpoint: {path}", file=sys.stderr)
         decoder = Decoder(model, "full" if args.compile else "false")
         if args.chat:
             chat(decoder, encoding, args.prompt, args.max_tokens, how, args.seed)
             return 0
-        prompt = read_prompt(args.prompt, args.raw)
         if (length := len(encoding.encode_ordinary(prompt)) + 1) > model.config.max_seq_len:
             print(f"sample.py: the prompt has {length:,} tokens and a layer looks back at {model.config.max_seq_len:,}: "
                   "it counts for little before those", file=sys.stderr)
@@ -793,7 +838,7 @@ def plot_metrics(runs: dict[str, list[dict]], x: str = "step"):
 
 def plot_main(argv: list[str] | None = None) -> int:
     "The command `daisy-plot RUN... [--x step|tokens_seen|train_s] [--out runs.png]`; returns the exit code."
-    parser = argparse.ArgumentParser(prog="daisy-plot", description="Draw the losses of runs over each other.")
+    parser = CommandLine(prog="daisy-plot", description="Draw the losses of runs over each other.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=X_LABELS, default="step", help="what to the right means (%(default)s)")
     parser.add_argument("--out", default="runs.png", help="the picture, .png, .svg or .pdf (%(default)s)")
@@ -821,7 +866,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _bench_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="daisy-bench", description="Measure, and append one line of JSON a measurement.")
+    parser = CommandLine(prog="daisy-bench", description="Measure, and append one line of JSON a measurement.")
     what = parser.add_subparsers(dest="what", required=True)
     attention = what.add_parser("attention", allow_abbrev=False, help="forward and backward of the attention kernels")
     attention.add_argument("--backends", default="flex,flash,sdpa", help="separated by commas (%(default)s)")
@@ -1055,7 +1100,7 @@ def bench_main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
 
     def body():
-        device = choose_device(args.device)
+        device = choose_device(args.device, "--device ")
         kinds = dict(attention=_attention_rows, model=_model_rows, train=_run_rows, trainer=_trainer_rows, scaling=_scaling_rows,
                      decode=_decode_rows)
         rows = kinds[args.what](args, device)
@@ -1068,7 +1113,7 @@ def bench_main(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/23_real_run.ipynb #e7a10003
 def _evaluate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="daisy-evaluate", description="Measure checkpoints on the same tasks, and compare each with the first.")
+    parser = CommandLine(prog="daisy-evaluate", description="Measure checkpoints on the same tasks, and compare each with the first.")
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint file, or a folder for the latest in it")
     parser.add_argument("--tasks", nargs="+", default=["python_questions"], metavar="TASK",
                         help="python_questions; bpb:TEXT for bits per byte of a file, folder, glob or shards; a file of questions in JSON lines (%(default)s)")
@@ -1119,7 +1164,7 @@ def evaluate_main(argv: list[str] | None = None) -> int:
     def body():
         for name in ("max_bytes", "batch_tokens"):
             if getattr(args, name) < 1: raise ValueError(f"--{name} {getattr(args, name)} must be 1 or more")
-        device = choose_device(args.device)
+        device = choose_device(args.device, "--device ")
         paths = list(map(checkpoint_file, args.checkpoints))
         if twice := [path for i, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:i]]]:
             raise ValueError(f"{twice[0]} is named twice: name each checkpoint once")
@@ -1144,7 +1189,7 @@ EXPORT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _export_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="daisy-export", description="Write a checkpoint as a folder that Hugging Face transformers loads.")
+    parser = CommandLine(prog="daisy-export", description="Write a checkpoint as a folder that Hugging Face transformers loads.")
     parser.add_argument("checkpoint", help="a checkpoint file, or a folder for the latest in it")
     parser.add_argument("folder", help="a new folder")
     parser.add_argument("--plain", action="store_true", help="as a standard architecture, which a model without daisy's own switches has")

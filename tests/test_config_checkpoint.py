@@ -70,7 +70,7 @@ def test_overrides(argument, key, value):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("num_layer=3", "did you mean num_layers?"), ("lr=1", "hidden_matrix_params_lr"), ("num_iterations=3.5", "whole number"),
+    ("num_layer=3", "did you mean num_layers?"), ("lr=1", "hidden_matrix_params_lr"), ("learning_rate=1e-3", "hidden_matrix_params_lr"), ("head_learning_rate=1", "did you mean head_params_lr?"), ("num_iterations=3.5", "whole number"),
     ("num_iterations=many", "whole number"), ("num_iterations", "num_iterations="), ("save_checkpoint", "save_checkpoint="),
     ("num_iterations=0", "at least 1"), ("num_iterations=-1", "at least 1"), ("num_iterations=", "whole number"), ("grad_clip=nan", "finite"),
     ("grad_clip=inf", "finite"), ("grad_clip=1e999", "finite"), ("adamw_beta2=1", "below 1"), ("adamw_eps=0", "above 0"),

@@ -271,9 +271,12 @@ def test_every_lesson_stands_in_both_tables_with_its_question():
 
 
 def test_the_console_scripts_exist():
+    from daisy.config import COMMANDS
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    entries = re.findall(r'"daisy-[\w-]+=daisy\.(\w+):(\w+)"', setup)
-    assert entries
-    for module, function in entries:
-        defined = ast.parse((ROOT / "daisy" / f"{module}.py").read_text(encoding="utf-8")).body
+    entries = dict(re.findall(r'"(daisy-[\w-]+)=daisy\.([\w:]+)"', setup))
+    started = {name for name, main in entries.items() if main == "config:run_command"}
+    assert started == set(COMMANDS)
+    mains = [COMMANDS[name] if name in started else ("daisy." + main.split(":")[0], main.split(":")[1]) for name, main in entries.items()]
+    for module, function in [*mains, ("daisy.config", "run_command")]:
+        defined = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")).body
         assert function in [node.name for node in defined if isinstance(node, ast.FunctionDef)], f"{module}.{function}"

@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from daisy import real_run
 from daisy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from daisy.config import COMMANDS
 from daisy.real_run import DEFAULT_PROMPT, TEMPLATE, bench_main, sample_main, train_main
+from daisy.sft import build_sft_shards
 from daisy.shards import build_corpus_shards
-from daisy.tokens import encoding_from_json, encoding_from_merges, encoding_to_json
+from daisy.tokens import encoding_from_json, encoding_from_merges, encoding_to_json, load_encoding
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,7 +171,12 @@ def test_it_stops_where_the_document_ends(sample, tmp_path, checkpoint):
 
 def test_bare_takes_the_latest(run_dir, checkpoint):
     out = subprocess.run([sys.executable, ROOT / "sample.py"], cwd=run_dir, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert out.returncode == 0 and out.stderr == "" and out.stdout.startswith("### Instruction:\n")
+    assert out.returncode == 0 and out.stderr == "checkpoint: checkpoints/state_step_2.pt\n" and out.stdout.startswith("### Instruction:\n")
+
+
+def test_a_folder_is_the_latest_checkpoint_in_it(sample, run_dir, checkpoint):
+    code, out, err = sample("--seed", 1, path=str(run_dir / "checkpoints"))
+    assert code == 0 and err == f"checkpoint: {checkpoint}\n" and out == sample("--seed", 1)[1]
 
 
 def test_bare_without_a_checkpoint_says_how_to_make_one(sample, tmp_path, monkeypatch):
@@ -185,7 +194,7 @@ def test_not_a_checkpoint(sample, tmp_path, content):
 
 def test_missing_file_folder_and_foreign_checkpoint(sample, tmp_path):
     assert refused(sample(path=str(tmp_path / "no.pt")), "there is no such file")
-    assert refused(sample(path=str(tmp_path)), "it is a folder")
+    assert refused(sample(path=str(tmp_path)), f"no checkpoint in {tmp_path}", "it is a folder")
     torch.save({"model": torch.zeros(3)}, tmp_path / "other.pt")
     assert refused(sample(path=str(tmp_path / "other.pt")), "daisy didn't write it")
 
@@ -209,15 +218,22 @@ def test_an_encoding_of_another_vocabulary(sample, tmp_path, checkpoint):
     ("--temperature", "-1", "temperature -1.0"), ("--temperature", "nan", "temperature nan"), ("--top_p", "0", "top_p 0.0"),
     ("--top_p", "1.5", "top_p 1.5"), ("--top_k", "-1", "top_k -1"), ("--repetition_penalty", "0", "repetition_penalty 0.0"),
     ("--max_tokens", "0", "--max_tokens 0"), ("--max_tokens", "-3", "--max_tokens -3"), ("--max_seq_len", "0", "--max_seq_len 0"),
-    ("--seed", "-1", "seed -1"), ("--num_samples", "0", "--num_samples 0"), ("--num_samples", "5000", "from 1 to 1,024"), ("--seed", str(2**70), "must be from 0 to")])
+    ("--seed", "-1", "--seed -1 must be from 0 to 2**63 - 1; leave --seed out"), ("--num_samples", "0", "--num_samples 0"), ("--num_samples", "5000", "from 1 to 1,024"), ("--seed", str(2**70), "must be from 0 to")])
 def test_a_value_out_of_range(sample, option, value, word):
     assert refused(sample(option, value), word)
 
 
-@pytest.mark.parametrize("options", [("--temperature", "warm"), ("--max_tokens", "1.5"), ("--seed", "one"), ("--colour", "blue"), ("a.pt", "b.pt")])
+@pytest.mark.parametrize("options", [("--temperature", "warm"), ("--max_tokens", "1.5"), ("--seed", "one"), ("--colour", "blue"), ("a.pt", "b.pt")], ids=str)
 def test_not_understood(sample, options):
     code, out, err = sample(*options)
-    assert code == 2 and out == "" and "usage: sample.py" in err and "Traceback" not in err
+    assert code == 2 and out == "" and err.startswith("sample.py: ") and err.count("\n") == 1 and err.endswith("; --help lists the options\n")
+    assert options[0] in err
+
+
+def test_a_question_goes_behind_prompt(sample):
+    assert refused(sample(path="What does os do?"), "What does os do?: there is no such file; a question goes behind --prompt")
+    code, out, err = sample("What does os do?")
+    assert code == 2 and out == "" and err == "sample.py: not understood: 'What does os do?'; a question goes behind --prompt; --help lists the options\n"
 
 
 def test_help(capsys):
@@ -229,7 +245,7 @@ def test_help(capsys):
 
 def test_cuda_where_there_is_none(sample, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert refused(sample("--device", "cuda"), "needs a CUDA GPU")
+    assert refused(sample("--device", "cuda"), "--device cuda needs a CUDA GPU", "set --device cpu")
 
 
 # ---- standard input
@@ -241,17 +257,24 @@ def run_command(run_dir, *options, stdin):
 
 @pytest.mark.parametrize("stdin, options, start", [
     ("Document 5 says\n", ["--raw"], "Document 5 says"), ("Say café.\n", [], TEMPLATE.format(prompt="Say café.")),
-    ("", [], TEMPLATE.format(prompt=DEFAULT_PROMPT)), ("theirs", ["--raw", "--prompt", "Mine"], "Mine")])
+    ("theirs", ["--raw", "--prompt", "Mine"], "Mine")])
 def test_what_is_piped_in_is_the_prompt_unless_one_is_given(run_dir, stdin, options, start):
     out = run_command(run_dir, *options, stdin=stdin.encode())
-    assert out.returncode == 0 and out.stderr == b"" and out.stdout.decode().startswith(start)
+    assert out.returncode == 0 and out.stderr == b"checkpoint: checkpoints/state_step_2.pt\n" and out.stdout.decode().startswith(start)
+
+
+@pytest.mark.parametrize("options", [["--raw"], []])
+def test_an_empty_pipe_is_no_prompt(run_dir, options):
+    for nothing in (b"", b"\n"):
+        out = run_command(run_dir, *options, stdin=nothing)
+        assert out.returncode == 1 and out.stdout == b"" and out.stderr == b"sample.py: standard input is empty: pipe a text in, or give one with --prompt\n"
 
 
 @pytest.mark.parametrize("options", [["--raw"], [], ["--chat"]])
 def test_standard_input_that_is_not_utf8(run_dir, options):
     out = run_command(run_dir, *options, stdin=b"a\xff\xfeb\n")
-    assert out.returncode == 1 and out.stdout == b"" and out.stderr.decode().count("\n") == 1
-    assert "standard input isn't UTF-8: byte 2 is 0xff" in out.stderr.decode()
+    said = out.stderr.decode().removeprefix("checkpoint: checkpoints/state_step_2.pt\n")  # a conversation has begun by then
+    assert out.returncode == 1 and out.stdout == b"" and said.count("\n") == 1 and "standard input isn't UTF-8: byte 2 is 0xff" in said
 
 
 def test_a_prompt_that_is_not_utf8(run_dir):
@@ -277,7 +300,7 @@ def test_several_samples_are_what_their_seeds_write_alone(sample):
 
 def test_a_conversation(run_dir):
     out = run_command(run_dir, "--chat", stdin=b"Say hello.\n\nAnd again?\n")
-    assert out.returncode == 0 and out.stderr == b"" and b"###" not in out.stdout
+    assert out.returncode == 0 and out.stderr == b"checkpoint: checkpoints/state_step_2.pt\n" and b"###" not in out.stdout
     alone = run_command(run_dir, "--chat", "--prompt", "Say hello.", stdin=b"And again?\n")
     assert alone.stdout == out.stdout  # the first question from the command line is the same conversation
 
@@ -291,6 +314,18 @@ def test_the_second_answer_has_read_the_first_question(sample, monkeypatch, tmp_
         assert code == 0 and "Traceback" not in err
         answers.append(out.split("> ")[1])
     assert answers[0] != answers[1]
+
+
+def test_a_quarter_of_the_context_is_kept_free_for_an_answer(sample, monkeypatch, checkpoint):
+    "And not all that --max_tokens allows: of 128 tokens two short turns fit into the other three quarters."
+    asked, encoding = [], encoding_from_json(load_checkpoint(checkpoint)["encoding"])
+    monkeypatch.setattr(real_run, "generate", lambda decoder, ids, *_, **__: asked.append(encoding.decode(ids)) or encoding.encode_ordinary("Yes."))
+    monkeypatch.setattr(sys, "stdin", Terminal("B?\n"))
+    code, out, err = sample("--chat", "--prompt", "A?", "--max_tokens", 500)
+    assert code == 0 and err == "" and out.count("Yes.") == 2
+    assert asked[1].removeprefix("<|endoftext|>") == TEMPLATE.format(prompt="A?") + "Yes.\n\n" + TEMPLATE.format(prompt="B?")
+    monkeypatch.setattr(sys, "stdin", Terminal("B?\nC?\n"))
+    assert "(the first 1 of 2 turns no longer fit" in sample("--chat", "--prompt", "A?", "--max_tokens", 500)[2]
 
 
 def test_a_conversation_that_grows_too_long_forgets_its_beginning(run_dir):
@@ -313,6 +348,42 @@ def interrupted(run_dir, path, *options, stdin=subprocess.DEVNULL):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=200)
     return process.returncode, begin + out, err.decode()
+
+
+INTERRUPTED_LOADING = """
+import os, runpy, signal, sys
+
+class Interrupting:
+    "Ctrl-C when numpy, the first of the large ones, is about to be imported."
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy": os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+script, *sys.argv = sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def interrupted_while_loading(folder, script, *words):
+    "The line on standard error; nothing on standard output, and code 130."
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_LOADING, script, *words], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert done.returncode == 130 and done.stdout == ""
+    return done.stderr.strip()
+
+
+@pytest.mark.parametrize("script, words, program", [
+    ("sample.py", [], "sample.py"), ("sample.py", ["--chat"], "sample.py"), ("train.py", ["run.yml"], "train.py"), ("launch.py", ["--", "run.yml"], "run.sh"),
+    ("build_sft_shards.py", [], "build_sft_shards.py")], ids=str)
+def test_ctrl_c_while_it_loads(run_dir, script, words, program):
+    assert interrupted_while_loading(run_dir, ROOT / script, ROOT / script, *words) == f"{program}: interrupted"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_an_installed_command_loads(tmp_path, command):
+    (tmp_path / "start.py").write_text(f"import sys\nfrom daisy.config import run_command\nsys.argv[0] = 'bin/{command}'\nsys.exit(run_command())\n")
+    assert interrupted_while_loading(tmp_path, tmp_path / "start.py", tmp_path / "start.py") == f"{command}: interrupted"
 
 
 def test_ctrl_c_in_the_middle_of_a_stream(run_dir, tmp_path, checkpoint):
@@ -362,6 +433,39 @@ def test_more_tokens_than_memory_holds(sample):
 def test_a_refused_seed_prints_no_prompt(sample):
     code, out, _ = sample("--seed", -1)
     assert code == 1 and out == ""
+
+
+# ---- fine-tuning on shards that mark no responses
+
+def fine_tune(run_dir, checkpoint, folder, capsys, *overrides):
+    "Two steps from the checkpoint's weights: exit code, and the lines on standard error but for the progress bar."
+    capsys.readouterr()
+    code = train_main([str(run_dir / "run.yml"), f"init_checkpoint={checkpoint}", "ignore_prior_schedule=true", f"checkpoint_dir={folder / 'tuned'}", *overrides])
+    return code, [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "marks" in line or line.startswith("train.py")]
+
+
+def test_only_a_run_that_asks_for_responses_warns_of_shards_without_marks(run_dir, checkpoint, tmp_path, capsys):
+    code, said = fine_tune(run_dir, checkpoint, tmp_path, capsys, "loss_on_prompt=false")
+    assert code == 0 and said == [f"warning: {run_dir}/data/train_000.bin marks no responses, so every token teaches; build shards with build_sft_shards.py, "
+                                  "or set loss_on_prompt=true"]
+    for number, overrides in enumerate(([], ["loss_on_prompt=true"])):
+        assert fine_tune(run_dir, checkpoint, tmp_path / str(number), capsys, *overrides) == (0, [])
+
+
+def test_marked_shards_are_no_reason_to_warn(run_dir, checkpoint, tmp_path, capsys):
+    rows = [json.dumps({"instruction": f"What is {i} plus {i}?", "response": f"{i} plus {i} is {2 * i}."}) for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    build_sft_shards([str(tmp_path / "rows.jsonl")], tmp_path / "own", load_encoding(run_dir / "data" / "encoding.json"))
+    own = [f"{split}_files={tmp_path}/own/{split}_*.bin" for split in ("train", "val")]
+    (tmp_path / "own" / "encoding.json").write_text((run_dir / "data" / "encoding.json").read_text())
+    assert fine_tune(run_dir, checkpoint, tmp_path, capsys, "loss_on_prompt=false", *own) == (0, [])
+
+
+def test_missing_shards_for_responses_name_their_builder(run_dir, checkpoint, tmp_path, capsys):
+    own = [f"{split}_files={tmp_path}/own/{split}_*.bin" for split in ("train", "val")]
+    code, said = fine_tune(run_dir, checkpoint, tmp_path, capsys, "loss_on_prompt=false", *own)
+    assert code == 1 and said == [f"train.py: {tmp_path}/own/train_*.bin: matches no file; `python build_sft_shards.py --source SOURCE --out-dir {tmp_path}/own "
+                                  f"--encoding {run_dir}/data/encoding.json` builds shards there"]
 
 
 # ---- what it costs
